@@ -1,0 +1,181 @@
+"""The error tree. Every error carries the sentence a person reads and what to do next.
+
+    KoinonError
+    ├── UserError               the caller can mend it: a spec, a path, an option
+    │   ├── SpecError           a key is unknown, missing, out of range or contradicts another
+    │   │   ├── UnknownKey
+    │   │   ├── Contradiction
+    │   │   ├── StagesDoNotDivide
+    │   │   └── LinkTooNarrow   k * bits cannot fit the declared link
+    │   ├── DataError
+    │   │   ├── EmptyCorpus
+    │   │   ├── CorpusChanged
+    │   │   └── TokenOutOfRange
+    │   ├── NotARun             a directory holds no run
+    │   ├── RunExists           a directory holds a run already
+    │   └── PortInUse
+    ├── PeerError               another node did or did not do something
+    │   ├── PeerUnreachable
+    │   ├── DeadlinePassed
+    │   ├── ProtocolMismatch
+    │   ├── Refused             the peer said no, and why
+    │   └── FrameError          bytes that are not a valid frame
+    │       ├── FrameTooLarge
+    │       └── FrameMalformed
+    ├── StateError              what is on disk or in the log is not what it should be
+    │   ├── LogCorrupt
+    │   ├── SnapshotCorrupt
+    │   ├── NothingToResume
+    │   └── DiskFull
+    ├── NumericsError           NonFiniteLoss
+    └── TransportUnusable       the network library on this machine cannot be used as it is
+
+The CLI, the page and the log print `str(error)`; nothing else about an error is for people.
+"""
+
+from __future__ import annotations
+
+
+class KoinonError(Exception):
+    """Base of all errors that Koinon raises on purpose."""
+
+
+class UserError(KoinonError):
+    """Something the caller wrote can be mended by the caller."""
+
+
+class SpecError(UserError):
+    """The run spec is not usable."""
+
+
+class UnknownKey(SpecError):
+    """A key of the spec is not known. `nearest` is the known key that looks most like it."""
+
+    def __init__(self, key: str, nearest: str | None) -> None:
+        self.key, self.nearest = key, nearest
+        hint = f"did you mean `{nearest}`?" if nearest else "`koinon run --help` lists the tables and keys."
+        super().__init__(f"The spec has an unknown key `{key}`: {hint}")
+
+
+class Contradiction(SpecError):
+    """Two keys of the spec cannot both hold."""
+
+
+class StagesDoNotDivide(SpecError):
+    """The layers cannot be cut into that many stages."""
+
+    def __init__(self, layers: int, stages: int) -> None:
+        self.layers, self.stages = layers, stages
+        super().__init__(
+            f"{layers} layers cannot be cut into {stages} stages: each stage needs at least one layer. "
+            f"Set `stages` to at most {layers}, or give the model more layers."
+        )
+
+
+class LinkTooNarrow(SpecError):
+    """The declared links cannot carry the coefficients at the declared speed."""
+
+
+class DataError(UserError):
+    """The corpus cannot be used."""
+
+
+class EmptyCorpus(DataError):
+    """There is no text where text was promised."""
+
+
+class CorpusChanged(DataError):
+    """The corpus on this machine is not the one that the run was started with."""
+
+
+class TokenOutOfRange(DataError):
+    """A token id is not below the vocabulary size."""
+
+
+class NotARun(UserError):
+    """The directory holds no run."""
+
+
+class RunExists(UserError):
+    """The directory already holds a run."""
+
+
+class PortInUse(UserError):
+    """The port asked for is taken."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        super().__init__(f"{address} is in use by another program. Choose another port, or 0 for any free one.")
+
+
+class PeerError(KoinonError):
+    """Another node did something, or did not."""
+
+
+class PeerUnreachable(PeerError):
+    """No path to `peer` worked. `tried`: each address and what it answered."""
+
+    def __init__(self, peer: str, tried: dict[str, str]) -> None:
+        self.peer, self.tried = peer, tried
+        hops = "; ".join(f"{address}: {answer}" for address, answer in tried.items()) or "no address is known"
+        super().__init__(f"Cannot reach {peer[:10]} ({hops}). Check that it runs and that UDP to that address is open.")
+
+
+class DeadlinePassed(PeerError):
+    """A peer did not answer before its deadline."""
+
+
+class ProtocolMismatch(PeerError):
+    """The peer speaks another protocol version."""
+
+
+class Refused(PeerError):
+    """The peer said no; `reason` is its sentence."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class FrameError(PeerError):
+    """Bytes from a peer are not a frame we accept."""
+
+
+class FrameTooLarge(FrameError):
+    """A frame promises more than is allowed."""
+
+
+class FrameMalformed(FrameError):
+    """A frame's header or body breaks the format."""
+
+
+class StateError(KoinonError):
+    """What is on disk is not what it should be."""
+
+
+class LogCorrupt(StateError):
+    """A record in the middle of the run log is damaged: nothing after it can be trusted."""
+
+
+class SnapshotCorrupt(StateError):
+    """A snapshot's bytes do not hash to the root that the log committed."""
+
+
+class NothingToResume(StateError):
+    """No common step can be restored from what is on disk."""
+
+
+class DiskFull(StateError):
+    """A write failed for lack of room; what was committed before is intact."""
+
+
+class NumericsError(KoinonError):
+    """The arithmetic left the numbers."""
+
+
+class NonFiniteLoss(NumericsError):
+    """The loss or a gradient is NaN or infinite."""
+
+
+class TransportUnusable(KoinonError):
+    """The network library on this machine cannot be used as it is."""

@@ -1,0 +1,391 @@
+"""The state of a run as a fold over its log.
+
+`apply(state, event) -> state` is pure and total: nodes, status, dashboard, tests and post-mortem all call this one
+function, so they cannot disagree. An event that no longer fits (a late twin, an unknown member) changes nothing.
+Knows nothing of clocks, transport or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import assert_never
+
+from koinon.run import events as ev
+from koinon.run.events import Event, Member
+from koinon.run.items import unpack
+
+ROOTS_KEPT = 8
+"""Versions of a stage whose roots stay in the state: enough for every snapshot that a worker keeps."""
+
+
+class Phase(StrEnum):
+    PROPOSED = "proposed"
+    FUNDED = "funded"
+    TRAINING = "training"
+    STOPPED = "stopped"
+    COMPLETE = "complete"
+    SERVING = "serving"
+    FAILED = "failed"
+
+
+class SeatStatus(StrEnum):
+    SYNCING = "syncing"
+    READY = "ready"
+    UNREACHABLE = "unreachable"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    member: Member
+    worker: str
+    account: str
+    stage: int
+    seat: int
+    addresses: tuple[str, ...]
+    status: SeatStatus
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReduce:
+    step: int
+    attempt: int
+    members: tuple[Member, ...]
+    sets: tuple[bytes, ...]
+
+    def items_of(self, member: Member) -> tuple[int, ...]:
+        return unpack(self.sets[self.members.index(member)])
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """Weights of a stage at one step: their root, and the members that held optimizer state for them."""
+
+    step: int
+    root: str
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    index: int
+    step: int = 0
+    """The next step to be taken = the step whose weights the stage has."""
+    reduce: OpenReduce | None = None
+    attempt: int = 0
+    """Number of the next reduce attempt of this step."""
+    versions: tuple[Version, ...] = ()
+    """Newest last."""
+    dropped: frozenset[int] = frozenset()
+    """Microbatches of the current step that this stage goes without."""
+    disputes: int = 0
+
+    def root_at(self, step: int) -> str | None:
+        return next((v.root for v in reversed(self.versions) if v.step == step), None)
+
+    def holders(self) -> tuple[Member, ...]:
+        """Members of the last step: among them lies the optimizer state."""
+        return self.versions[-1].members if self.versions else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    items: int = 0
+    tokens: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What the league absorbed, for people."""
+
+    vanished: int = 0
+    unreachable: int = 0
+    excluded: int = 0
+    items_released: int = 0
+    items_dropped: int = 0
+    reduces_aborted: int = 0
+    joins: int = 0
+    resumes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    run: str = ""
+    spec: str = ""
+    phase: Phase = Phase.PROPOSED
+    reason: str = ""
+    coordinator: str = ""
+    trainer: str = ""
+    microbatches: int = 0
+    stages: tuple[StageState, ...] = ()
+    seats: Mapping[Member, Seat] = field(default_factory=dict)
+    next_member: int = 0
+    excluded: frozenset[tuple[Member, int]] = frozenset()
+    contributed: frozenset[tuple[Member, int]] = frozenset()
+    """(member, step) already credited, for the steps that a late twin could still name."""
+    credit: Mapping[str, Credit] = field(default_factory=dict)
+    loss: tuple[int, float] | None = None
+    heldout: tuple[int, float] | None = None
+    tally: Tally = Tally()
+
+    @property
+    def step(self) -> int:
+        """The first step that some stage has not taken yet."""
+        return min((s.step for s in self.stages), default=0)
+
+    def seats_of(self, stage: int, *statuses: SeatStatus) -> list[Seat]:
+        """Seats of a stage in member order; only those of the given statuses, if any are given."""
+        wanted = statuses or (SeatStatus.SYNCING, SeatStatus.READY, SeatStatus.UNREACHABLE)
+        return [s for _, s in sorted(self.seats.items()) if s.stage == stage and s.status in wanted]
+
+    def ready(self, stage: int) -> list[Seat]:
+        return self.seats_of(stage, SeatStatus.READY)
+
+    def member_of(self, worker: str) -> Seat | None:
+        """The living seat of a node key, if it has one."""
+        living = (s for s in self.seats.values() if s.worker == worker and s.status is not SeatStatus.LEFT)
+        return next(living, None)
+
+    def may_contribute(self, member: Member, step: int) -> bool:
+        seat = self.seats.get(member)
+        return seat is not None and seat.status is SeatStatus.READY and (member, step) not in self.excluded
+
+
+def apply(state: RunState, event: Event) -> RunState:  # noqa: PLR0911 - one case per event is the point
+    """The state after `event`. Total: never raises on any sequence of well-typed events."""
+    match event:
+        case ev.RunOpened():
+            return _opened(state, event)
+        case ev.Seated():
+            return _seated(state, event)
+        case ev.SeatReady(member=member, step=step):
+            return _set_seat(state, member, status=SeatStatus.READY, step=step)
+        case ev.SeatMoved(member=member, addresses=addresses):
+            return _set_seat(state, member, addresses=addresses)
+        case ev.Unreachable(member=member):
+            return _gone(state, member, SeatStatus.UNREACHABLE)
+        case ev.Returned(member=member):
+            return _set_seat(state, member, status=SeatStatus.SYNCING)
+        case ev.SeatLeft(member=member):
+            return _gone(state, member, SeatStatus.LEFT)
+        case ev.Excluded(member=member, step=step):
+            return _excluded(state, member, step)
+        case ev.ItemsReleased(items=items):
+            return _count(state, items_released=len(unpack(items)))
+        case ev.ItemDropped():
+            return _dropped(state, event)
+        case ev.ReduceOpened():
+            return _reduce_opened(state, event)
+        case ev.ReduceAborted(stage=stage, step=step, attempt=attempt):
+            return _reduce_aborted(state, stage, step, attempt)
+        case ev.Disputed():
+            return _disputed(state, event)
+        case ev.MomentumLost():
+            return state
+        case ev.Contributed():
+            return _contributed(state, event)
+        case ev.StageStepped():
+            return _stepped(state, event)
+        case ev.StepMeasured(step=step, loss=loss):
+            return replace(state, loss=(step, loss))
+        case ev.Evaluated(step=step, loss=loss):
+            return replace(state, heldout=(step, loss))
+        case ev.RunStopped(reason=reason):
+            return replace(state, phase=Phase.STOPPED, reason=reason)
+        case ev.RunResumed(step=step):
+            return _resumed(state, step)
+        case ev.RunCompleted():
+            return replace(state, phase=Phase.COMPLETE)
+        case ev.RunFailed(reason=reason):
+            return replace(state, phase=Phase.FAILED, reason=reason)
+        case _:
+            assert_never(event)
+
+
+def fold(events: Iterable[Event], state: RunState | None = None) -> RunState:
+    """`apply` from left to right."""
+    state = state or RunState()
+    for event in events:
+        state = apply(state, event)
+    return state
+
+
+def _opened(state: RunState, event: ev.RunOpened) -> RunState:
+    if state.run:
+        return state  # a log describes one run
+    return replace(
+        state,
+        run=event.run,
+        spec=event.spec,
+        phase=Phase.TRAINING,
+        coordinator=event.coordinator,
+        trainer=event.trainer,
+        microbatches=event.microbatches,
+        stages=tuple(StageState(index=i) for i in range(event.stages)),
+    )
+
+
+def _seated(state: RunState, event: ev.Seated) -> RunState:
+    if event.member in state.seats or not 0 <= event.stage < len(state.stages):
+        return state
+    seat = Seat(event.member, event.worker, event.account, event.stage, event.seat, event.addresses, SeatStatus.SYNCING)
+    state = replace(
+        state, seats={**state.seats, event.member: seat}, next_member=max(state.next_member, event.member + 1)
+    )
+    return _count(state, joins=1)
+
+
+def _set_seat(
+    state: RunState,
+    member: Member,
+    *,
+    status: SeatStatus | None = None,
+    step: int | None = None,
+    addresses: tuple[str, ...] | None = None,
+) -> RunState:
+    seat = state.seats.get(member)
+    if seat is None or seat.status is SeatStatus.LEFT:
+        return state
+    changed = replace(
+        seat,
+        status=seat.status if status is None else status,
+        step=seat.step if step is None else step,
+        addresses=seat.addresses if addresses is None else addresses,
+    )
+    return replace(state, seats={**state.seats, member: changed})
+
+
+def _gone(state: RunState, member: Member, status: SeatStatus) -> RunState:
+    seat = state.seats.get(member)
+    if seat is None or seat.status in (SeatStatus.LEFT, status):
+        return state
+    state = _abort_reduce_with(state, seat.stage, member)
+    state = _set_seat(state, member, status=status)
+    if status is SeatStatus.LEFT:
+        return _count(state, vanished=1)
+    return _count(state, unreachable=1)
+
+
+def _excluded(state: RunState, member: Member, step: int) -> RunState:
+    seat = state.seats.get(member)
+    if seat is None or (member, step) in state.excluded or step < state.stages[seat.stage].step:
+        return state  # a committed contribution cannot be taken out any more
+    state = replace(state, excluded=state.excluded | {(member, step)})
+    state = _abort_reduce_with(state, seat.stage, member)
+    return _count(state, excluded=1)
+
+
+def _dropped(state: RunState, event: ev.ItemDropped) -> RunState:
+    stages = list(state.stages)
+    changed = 0
+    for index in event.stages:
+        if 0 <= index < len(stages) and stages[index].step == event.step:
+            changed += event.microbatch not in stages[index].dropped
+            stages[index] = replace(stages[index], dropped=stages[index].dropped | {event.microbatch})
+    return _count(replace(state, stages=tuple(stages)), items_dropped=changed)
+
+
+def _reduce_opened(state: RunState, event: ev.ReduceOpened) -> RunState:
+    stage = _stage_at(state, event.stage, event.step)
+    if stage is None or event.attempt != stage.attempt or stage.reduce is not None:
+        return state
+    if len(event.members) != len(event.sets):
+        return state
+    return _set_stage(state, replace(stage, reduce=OpenReduce(event.step, event.attempt, event.members, event.sets)))
+
+
+def _reduce_aborted(state: RunState, index: int, step: int, attempt: int) -> RunState:
+    stage = _stage_at(state, index, step)
+    if stage is None or stage.reduce is None or stage.reduce.attempt != attempt:
+        return state
+    state = _set_stage(state, replace(stage, reduce=None, attempt=attempt + 1))
+    return _count(state, reduces_aborted=1)
+
+
+def _abort_reduce_with(state: RunState, index: int, member: Member) -> RunState:
+    """A member that left, or is excluded, takes the open attempt with it."""
+    reduce = state.stages[index].reduce
+    if reduce is None or member not in reduce.members:
+        return state
+    return _reduce_aborted(state, index, reduce.step, reduce.attempt)
+
+
+def _disputed(state: RunState, event: ev.Disputed) -> RunState:
+    stage = _stage_at(state, event.stage, event.step)
+    if stage is None or stage.reduce is None or stage.reduce.attempt != event.attempt:
+        return state
+    state = _set_stage(state, replace(stage, disputes=stage.disputes + 1))
+    return _reduce_aborted(state, event.stage, event.step, event.attempt)
+
+
+def _contributed(state: RunState, event: ev.Contributed) -> RunState:
+    seat = state.seats.get(event.member)
+    key = (event.member, event.step)
+    if seat is None or key in state.contributed or _stage_at(state, event.stage, event.step) is None:
+        return state  # late twins are normal; exactly-once is decided here
+    old = state.credit.get(seat.account, Credit())
+    new = Credit(old.items + len(unpack(event.items)), old.tokens + event.tokens, old.flops + event.flops)
+    return replace(state, contributed=state.contributed | {key}, credit={**state.credit, seat.account: new})
+
+
+def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
+    stage = _stage_at(state, event.stage, event.step)
+    if stage is None or stage.reduce is None or stage.reduce.attempt != event.attempt:
+        return state
+    members = stage.reduce.members
+    version = Version(event.step + 1, event.root, members)
+    stage = StageState(event.stage, event.step + 1, versions=(*stage.versions, version)[-ROOTS_KEPT:])
+    seats = dict(state.seats)
+    for member, seat in seats.items():
+        if seat.stage != event.stage or seat.status is not SeatStatus.READY:
+            continue
+        # Whoever was not in the reduce did not get the updated bytes: it has to fetch them.
+        status = SeatStatus.READY if member in members else SeatStatus.SYNCING
+        seats[member] = replace(seat, status=status, step=event.step + 1 if member in members else seat.step)
+    state = _set_stage(replace(state, seats=seats), stage)
+    oldest = state.step
+    return replace(
+        state,
+        excluded=frozenset(e for e in state.excluded if e[1] >= oldest),
+        contributed=frozenset(c for c in state.contributed if c[1] >= oldest),
+    )
+
+
+def _resumed(state: RunState, step: int) -> RunState:
+    """Void what lies beyond `step`; every node starts afresh."""
+    stages = tuple(
+        StageState(s.index, min(step, s.step), versions=tuple(v for v in s.versions if v.step <= step))
+        for s in state.stages
+    )
+    seats = {m: replace(s, status=SeatStatus.LEFT) for m, s in state.seats.items()}
+    state = replace(
+        state,
+        phase=Phase.TRAINING,
+        reason="",
+        stages=stages,
+        seats=seats,
+        excluded=frozenset(),
+        contributed=frozenset(c for c in state.contributed if c[1] < step),
+        loss=None if state.loss is None or state.loss[0] >= step else state.loss,
+    )
+    return _count(state, resumes=1)
+
+
+def _stage_at(state: RunState, index: int, step: int) -> StageState | None:
+    """The stage if it exists and stands at `step`."""
+    if not 0 <= index < len(state.stages) or state.stages[index].step != step:
+        return None
+    return state.stages[index]
+
+
+def _set_stage(state: RunState, stage: StageState) -> RunState:
+    return replace(state, stages=(*state.stages[: stage.index], stage, *state.stages[stage.index + 1 :]))
+
+
+def _count(state: RunState, **more: int) -> RunState:
+    tally = replace(state.tally, **{name: getattr(state.tally, name) + n for name, n in more.items()})
+    return replace(state, tally=tally)

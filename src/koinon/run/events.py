@@ -21,7 +21,7 @@ class _Event(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True, 
     """Unix time by the coordinator's clock: for people; no rule reads it."""
 
 
-class RunOpened(_Event):
+class RunOpened(_Event, frozen=True):
     """First event of every log: the spec in full, so that the log alone explains the run."""
 
     run: str
@@ -35,7 +35,7 @@ class RunOpened(_Event):
     """Hex sha-256 of the sampling seed: whoever is shown the seed later can check the data."""
 
 
-class Seated(_Event):
+class Seated(_Event, frozen=True):
     """A worker has taken a seat and is fetching its stage's state."""
 
     member: Member
@@ -47,7 +47,7 @@ class Seated(_Event):
     addresses: tuple[str, ...]
 
 
-class SeatReady(_Event):
+class SeatReady(_Event, frozen=True):
     """The member holds the stage's weights at `step`, and their root is the log's."""
 
     member: Member
@@ -55,34 +55,34 @@ class SeatReady(_Event):
     root: str
 
 
-class SeatMoved(_Event):
+class SeatMoved(_Event, frozen=True):
     """The member can be reached elsewhere from now on."""
 
     member: Member
     addresses: tuple[str, ...]
 
 
-class Unreachable(_Event):
+class Unreachable(_Event, frozen=True):
     """Nobody reaches the member. Its leases stop and its contribution leaves the step; no penalty."""
 
     member: Member
     reason: str
 
 
-class Returned(_Event):
+class Returned(_Event, frozen=True):
     """An unreachable member answers again; it fetches the state anew before it works."""
 
     member: Member
 
 
-class SeatLeft(_Event):
+class SeatLeft(_Event, frozen=True):
     """The member is gone for good: it drained, or its grace time passed, or its process ended."""
 
     member: Member
     reason: str
 
 
-class Excluded(_Event):
+class Excluded(_Event, frozen=True):
     """The member's whole contribution leaves this step; its items are leased again."""
 
     member: Member
@@ -90,7 +90,7 @@ class Excluded(_Event):
     reason: str
 
 
-class ItemsReleased(_Event):
+class ItemsReleased(_Event, frozen=True):
     """Items of a step that one member will not finish are leased to others."""
 
     step: int
@@ -100,7 +100,7 @@ class ItemsReleased(_Event):
     reason: str
 
 
-class ItemDropped(_Event):
+class ItemDropped(_Event, frozen=True):
     """A microbatch failed on three accounts: the stages that had not folded it go on without it."""
 
     step: int
@@ -109,7 +109,7 @@ class ItemDropped(_Event):
     reason: str
 
 
-class ReduceOpened(_Event):
+class ReduceOpened(_Event, frozen=True):
     """A stage's items of a step are all folded: its members now sum, update and exchange."""
 
     stage: int
@@ -121,7 +121,7 @@ class ReduceOpened(_Event):
     """Per member, the bitmap of the items in its contribution."""
 
 
-class ReduceAborted(_Event):
+class ReduceAborted(_Event, frozen=True):
     """This attempt came to nothing; accumulators are kept for the next."""
 
     stage: int
@@ -130,7 +130,7 @@ class ReduceAborted(_Event):
     reason: str
 
 
-class Disputed(_Event):
+class Disputed(_Event, frozen=True):
     """The owner and the second of a tensor got different updates from the same slices."""
 
     stage: int
@@ -142,7 +142,7 @@ class Disputed(_Event):
     error: float
 
 
-class MomentumLost(_Event):
+class MomentumLost(_Event, frozen=True):
     """No living member held the optimizer state of these tensors: it starts from zero."""
 
     stage: int
@@ -150,7 +150,7 @@ class MomentumLost(_Event):
     tensors: tuple[str, ...]
 
 
-class Contributed(_Event):
+class Contributed(_Event, frozen=True):
     """What one member's committed contribution holds: the only source of credit."""
 
     member: Member
@@ -161,7 +161,7 @@ class Contributed(_Event):
     flops: int
 
 
-class StageStepped(_Event):
+class StageStepped(_Event, frozen=True):
     """Every member holds the same bytes of the stage's weights after `step`: now they apply."""
 
     stage: int
@@ -174,7 +174,7 @@ class StageStepped(_Event):
     """Sum of squares of the stage's penalised weights before the step, for J."""
 
 
-class StepMeasured(_Event):
+class StepMeasured(_Event, frozen=True):
     """J of a step: data cost averaged over its tokens, and the penalty."""
 
     step: int
@@ -183,7 +183,7 @@ class StepMeasured(_Event):
     tokens: int
 
 
-class Evaluated(_Event):
+class Evaluated(_Event, frozen=True):
     """Cost per token on held-out text, with the weights at `step`."""
 
     step: int
@@ -191,26 +191,26 @@ class Evaluated(_Event):
     tokens: int
 
 
-class RunStopped(_Event):
+class RunStopped(_Event, frozen=True):
     """The run was drained on purpose; the directory can be resumed."""
 
     reason: str
 
 
-class RunResumed(_Event):
+class RunResumed(_Event, frozen=True):
     """All nodes start afresh from the weights at `step`; what was stepped beyond it is void."""
 
     step: int
     term: int
 
 
-class RunCompleted(_Event):
+class RunCompleted(_Event, frozen=True):
     """Every stage has taken the last step."""
 
     step: int
 
 
-class RunFailed(_Event):
+class RunFailed(_Event, frozen=True):
     """The run cannot go on; `reason` is the sentence people read."""
 
     reason: str

@@ -97,6 +97,12 @@ class Credit:
     tokens: int = 0
     flops: int = 0
 
+    def __add__(self, other: Credit) -> Credit:
+        return Credit(self.items + other.items, self.tokens + other.tokens, self.flops + other.flops)
+
+    def __sub__(self, other: Credit) -> Credit:
+        return Credit(self.items - other.items, self.tokens - other.tokens, self.flops - other.flops)
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
@@ -125,8 +131,8 @@ class RunState:
     seats: Mapping[Member, Seat] = field(default_factory=dict)
     next_member: int = 0
     excluded: frozenset[tuple[Member, int]] = frozenset()
-    contributed: frozenset[tuple[Member, int]] = frozenset()
-    """(member, step) already credited, for the steps that a late twin could still name."""
+    contributed: Mapping[tuple[Member, int], Credit] = field(default_factory=dict)
+    """Credit given per (member, step), for as long as a late twin could name it or a resume could void it."""
     credit: Mapping[str, Credit] = field(default_factory=dict)
     loss: tuple[int, float] | None = None
     heldout: tuple[int, float] | None = None
@@ -155,7 +161,7 @@ class RunState:
         return seat is not None and seat.status is SeatStatus.READY and (member, step) not in self.excluded
 
 
-def apply(state: RunState, event: Event) -> RunState:  # noqa: PLR0911 - one case per event is the point
+def apply(state: RunState, event: Event) -> RunState:
     """The state after `event`. Total: never raises on any sequence of well-typed events."""
     match event:
         case ev.RunOpened():
@@ -327,9 +333,13 @@ def _contributed(state: RunState, event: ev.Contributed) -> RunState:
     key = (event.member, event.step)
     if seat is None or key in state.contributed or _stage_at(state, event.stage, event.step) is None:
         return state  # late twins are normal; exactly-once is decided here
-    old = state.credit.get(seat.account, Credit())
-    new = Credit(old.items + len(unpack(event.items)), old.tokens + event.tokens, old.flops + event.flops)
-    return replace(state, contributed=state.contributed | {key}, credit={**state.credit, seat.account: new})
+    credit = Credit(len(unpack(event.items)), event.tokens, event.flops)
+    total = state.credit.get(seat.account, Credit()) + credit
+    return replace(
+        state,
+        contributed={**state.contributed, key: credit},
+        credit={**state.credit, seat.account: total},
+    )
 
 
 def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
@@ -351,7 +361,7 @@ def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
     return replace(
         state,
         excluded=frozenset(e for e in state.excluded if e[1] >= oldest),
-        contributed=frozenset(c for c in state.contributed if c[1] >= oldest),
+        contributed={k: c for k, c in state.contributed.items() if k[1] >= oldest - ROOTS_KEPT},
     )
 
 
@@ -362,6 +372,11 @@ def _resumed(state: RunState, step: int) -> RunState:
         for s in state.stages
     )
     seats = {m: replace(s, status=SeatStatus.LEFT) for m, s in state.seats.items()}
+    credit = dict(state.credit)
+    for (member, at), void in state.contributed.items():
+        if at >= step:
+            account = state.seats[member].account
+            credit[account] = credit[account] - void
     state = replace(
         state,
         phase=Phase.TRAINING,
@@ -369,7 +384,8 @@ def _resumed(state: RunState, step: int) -> RunState:
         stages=stages,
         seats=seats,
         excluded=frozenset(),
-        contributed=frozenset(c for c in state.contributed if c[1] < step),
+        contributed={k: c for k, c in state.contributed.items() if k[1] < step},
+        credit=credit,
         loss=None if state.loss is None or state.loss[0] >= step else state.loss,
     )
     return _count(state, resumes=1)

@@ -13,12 +13,19 @@
     │   │   └── TokenOutOfRange
     │   ├── NotARun             a directory holds no run
     │   ├── RunExists           a directory holds a run already
+    │   ├── LogInUse            another process writes this run log
     │   └── PortInUse
     ├── PeerError               another node did or did not do something
     │   ├── PeerUnreachable
     │   ├── DeadlinePassed
     │   ├── ProtocolMismatch
     │   ├── Refused             the peer said no, and why
+    │   ├── RecordRefused       a record of the run log that may not follow what is held
+    │   │   ├── LogGap
+    │   │   ├── TermPassed
+    │   │   ├── ChainBroken
+    │   │   ├── SignatureInvalid
+    │   │   └── TwoHeads        the coordinator signed two records for one place
     │   └── FrameError          bytes that are not a valid frame
     │       ├── FrameTooLarge
     │       └── FrameMalformed
@@ -100,6 +107,17 @@ class RunExists(UserError):
     """The directory already holds a run."""
 
 
+class LogInUse(UserError):
+    """Another process writes this run log."""
+
+    def __init__(self, path: str, pid: int | None) -> None:
+        self.path, self.pid = path, pid
+        who = f"process {pid}" if pid else "another process"
+        super().__init__(
+            f"{path} is being written by {who}: a run has one writer. Stop that one first (kill {pid or 'it'})."
+        )
+
+
 class PortInUse(UserError):
     """The port asked for is taken."""
 
@@ -135,6 +153,56 @@ class Refused(PeerError):
     def __init__(self, reason: str) -> None:
         self.reason = reason
         super().__init__(reason)
+
+
+class RecordRefused(PeerError):
+    """A record of the run log may not follow what is held."""
+
+
+class LogGap(RecordRefused):
+    """A record came before the ones between it and what is held: fetch from `expected` on."""
+
+    def __init__(self, expected: int, got: int) -> None:
+        self.expected, self.got = expected, got
+        super().__init__(f"Run log record {got} came before record {expected}: fetch the records from {expected} on.")
+
+
+class TermPassed(RecordRefused):
+    """A record of a coordinator whose term is over."""
+
+    def __init__(self, current: int, got: int) -> None:
+        self.current, self.got = current, got
+        super().__init__(f"A run log record of term {got} came in term {current}: its coordinator has been replaced.")
+
+
+class ChainBroken(RecordRefused):
+    """A record does not continue the history that is held at `seq`."""
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq
+        super().__init__(
+            f"Run log record {seq} does not continue the history held here. "
+            f"Compare the log's head with other nodes and go back to the last record in common."
+        )
+
+
+class SignatureInvalid(RecordRefused):
+    """A record is not signed by the coordinator of its term."""
+
+    def __init__(self, seq: int, term: int) -> None:
+        self.seq, self.term = seq, term
+        super().__init__(f"Run log record {seq} is not signed by the coordinator of term {term}.")
+
+
+class TwoHeads(RecordRefused):
+    """The coordinator signed two records for one place. `evidence` holds both and convinces anyone."""
+
+    def __init__(self, seq: int, term: int, evidence: object) -> None:
+        self.seq, self.term, self.evidence = seq, term, evidence
+        super().__init__(
+            f"The coordinator of term {term} signed two different records number {seq}. "
+            f"Keep both: they are evidence against it. Trust no record of this term from {seq} on."
+        )
 
 
 class FrameError(PeerError):

@@ -1,0 +1,325 @@
+"""What nodes say to each other: one frozen struct per message, grouped by the ALPN that may carry it.
+
+Headers are arrays on the wire, not maps: a work item's header is about a hundred bytes. Bodies are raw bytes whose
+length the header states and the receiver checks against what the run spec allows. Signed messages are signed over
+their own encoding with an empty signature. Knows nothing of sockets, and nothing of what a body means.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+CTL, JOIN, WORK, BULK = "koinon/ctl/1", "koinon/join/1", "koinon/work/1", "koinon/bulk/1"
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all headers: the class name is the tag."""
+
+
+class Kind(IntEnum):
+    TRAIN = 0
+    EVAL = 1
+    SAMPLE = 2
+
+
+class Lease(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A microbatch's route through the stages, offered by a trainer. It travels with the tensors, so that every
+    worker on the route can check the trainer's signature and needs no message of its own."""
+
+    kind: Kind
+    step: int
+    microbatch: int
+    revision: int
+    """Grows with every change of the route; a worker heeds only the highest it has seen."""
+    route: tuple[int, ...]
+    """Member per stage."""
+    folds: int
+    """Bit s: stage s folds this item into its gradient. Otherwise it only re-executes it for its neighbours."""
+    step_tokens: int
+    """m of J: tokens of the whole step."""
+    sampling: tuple[float, int] | None = None
+    """SAMPLE only: temperature and the draw's seed."""
+    signature: bytes = b""
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return (int(self.kind), self.step, self.microbatch)
+
+    def unsigned(self) -> bytes:
+        return msgspec.msgpack.encode(msgspec.structs.replace(self, signature=b""))
+
+    def folds_at(self, stage: int) -> bool:
+        return bool(self.folds >> stage & 1)
+
+
+class Ids(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Token ids in a body: `sequences` rows of `length` unsigned integers of `width` bytes, little-endian."""
+
+    sequences: int
+    length: int
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.sequences * self.length * self.width
+
+
+# --- WORK: pushes. Answered by a verdict of the transport.
+
+
+class Offer(Message, frozen=True):
+    """Trainer to worker: work, or a new revision of work it has. Body: ids."""
+
+    lease: Lease
+    ids: Ids
+    nbytes: int
+
+
+class Forward(Message, frozen=True):
+    """Stage s to s+1. Body: encoded coefficients, then ids."""
+
+    lease: Lease
+    ids: Ids
+    nbytes: int
+
+
+class Backward(Message, frozen=True):
+    """Stage s+1 to s. Body: encoded gradient of the coefficients."""
+
+    step: int
+    microbatch: int
+    revision: int
+    nbytes: int
+
+
+class Slice(Message, frozen=True):
+    """Member to owner or second: its gradient of every tensor that the receiver sums, in name order."""
+
+    stage: int
+    step: int
+    attempt: int
+    nbytes: int
+
+
+class Norms(Message, frozen=True):
+    """Owner to members: sum of squares of each summed tensor it owns, in name order."""
+
+    stage: int
+    step: int
+    attempt: int
+    squares: tuple[float, ...]
+    nbytes: int = 0
+
+
+class Updated(Message, frozen=True):
+    """Owner to members: the new bytes of every tensor it owns, in name order."""
+
+    stage: int
+    step: int
+    attempt: int
+    nbytes: int
+
+
+# --- CTL: requests
+
+
+class Claim(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    step: int
+    microbatch: int
+    revision: int
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An item is folded (TRAIN) or answered (EVAL, SAMPLE). `value`: the last stage's summed cost, or a token id."""
+
+    kind: Kind
+    step: int
+    microbatch: int
+    revision: int
+    value: float | None = None
+
+
+class Claims(Message, frozen=True):
+    """Worker to trainer: items it is about to fold, and items it has finished."""
+
+    claims: tuple[Claim, ...]
+    finished: tuple[Finished, ...]
+    nbytes: int = 0
+
+
+class Granted(Message, frozen=True):
+    """Indices into `Claims.claims` that may be folded. The others belong to somebody else now."""
+
+    granted: tuple[int, ...]
+    nbytes: int = 0
+
+
+class Telemetry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a worker tells about itself. For people and for routing; never for credit."""
+
+    state: str = "idle"
+    tokens: int = 0
+    """Tokens folded since it started."""
+    busy: float = 0.0
+    """Compute seconds since it started."""
+    seconds_per_item: float = 0.0
+    queued: int = 0
+    boundary_bytes: int = 0
+    """Bytes it sent across boundaries, headers included."""
+    boundary_tokens: int = 0
+    """Tokens (times directions) that those bytes carried."""
+    flops: int = 0
+    recomputed_flops: int = 0
+    memory_mib: int = 0
+
+
+class Heartbeat(Message, frozen=True):
+    member: int
+    telemetry: Telemetry
+    nbytes: int = 0
+
+
+class Join(Message, frozen=True):
+    """A node asks for a seat. `have`: (step, root) of every snapshot of `stage` on its disk, newest first."""
+
+    account: str
+    addresses: tuple[str, ...]
+    stage: int | None = None
+    have: tuple[tuple[int, str], ...] = ()
+    nbytes: int = 0
+
+
+class Welcome(Message, frozen=True):
+    """A seat. `begin`: "found" the stage, "load" the snapshot of `step`, or "fetch" it from another member."""
+
+    member: int
+    stage: int
+    seat: int
+    begin: str
+    step: int
+    spec: str
+    signed_pass: bytes
+    nbytes: int = 0
+
+
+class Ready(Message, frozen=True):
+    member: int
+    step: int
+    root: str
+    nbytes: int = 0
+
+
+class Held(Message, frozen=True):
+    """A member holds every tensor's new bytes of this attempt, durably."""
+
+    member: int
+    stage: int
+    step: int
+    attempt: int
+    root: str
+    gradient_norm: float
+    penalised: float
+    momentum_lost: tuple[str, ...] = ()
+    nbytes: int = 0
+
+
+class Complain(Message, frozen=True):
+    """A member cannot go on with a reduce: `about` sent nothing usable, or (owner and second) they differ."""
+
+    member: int
+    stage: int
+    step: int
+    attempt: int
+    about: int
+    reason: str
+    tensor: str = ""
+    error: float = 0.0
+    nbytes: int = 0
+
+
+class Broken(Message, frozen=True):
+    """A worker or trainer met something that no retry can mend (a full disk, a loss that is not a number)."""
+
+    member: int
+    reason: str
+    nbytes: int = 0
+
+
+class Leave(Message, frozen=True):
+    member: int
+    reason: str
+    nbytes: int = 0
+
+
+class StageDone(Message, frozen=True):
+    """Trainer to coordinator: every item of the stage's step is folded or dropped."""
+
+    stage: int
+    step: int
+    attempt: int
+    members: tuple[int, ...]
+    sets: tuple[bytes, ...]
+    nbytes: int = 0
+
+
+class Happened(Message, frozen=True):
+    """Trainer to coordinator: an event for the log, of the kinds that a trainer may ask for. Encoded."""
+
+    event: bytes
+    nbytes: int = 0
+
+
+class Records(Message, frozen=True):
+    """Coordinator to everyone: consecutive records of the run log, as they lie on its disk."""
+
+    first: int
+    records: tuple[bytes, ...]
+    nbytes: int = 0
+
+
+class Follow(Message, frozen=True):
+    """A node asks to be sent the log from `first` on."""
+
+    first: int
+    addresses: tuple[str, ...]
+    nbytes: int = 0
+
+
+class Ack(Message, frozen=True):
+    """Received. `next`: the first sequence number that the sender of this still lacks (Records only)."""
+
+    next: int = 0
+    nbytes: int = 0
+
+
+# --- BULK
+
+
+class StateWanted(Message, frozen=True):
+    """A joiner asks a member of its stage for what it needs: frozen tensors and the weights at their newest step."""
+
+    stage: int
+    nbytes: int = 0
+
+
+class MomentumWanted(Message, frozen=True):
+    """Optimizer state of these tensors as it stands before `step`."""
+
+    stage: int
+    step: int
+    tensors: tuple[str, ...]
+    nbytes: int = 0
+
+
+class Tensors(Message, frozen=True):
+    """Reply. Body: one safetensors file. An empty body: not here."""
+
+    step: int
+    nbytes: int = 0
+
+
+def signed(message: Any, signature: bytes) -> Any:
+    return msgspec.structs.replace(message, signature=signature)

@@ -123,7 +123,7 @@ class Updated(Message, frozen=True):
     nbytes: int
 
 
-# --- CTL: requests
+# --- CTL: requests (Norms above goes there too: it is small and is waited for)
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -1,0 +1,96 @@
+"""A node's copy of the run: the log as the coordinator pushes it, folded into a state.
+
+Every role on every machine has one. Records are verified (chain and signature) before they are folded, by the same
+`apply` as everywhere. Knows nothing of what a role does with an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from koinon.errors import FrameMalformed, LogGap, PeerError, Refused
+from koinon.net.transport import Answer, NodeAddr, Transport
+from koinon.nodes import messages as m
+from koinon.nodes.switchboard import Switchboard
+from koinon.run import events as ev
+from koinon.run.record import Follower, Record
+from koinon.run.state import RunState, apply
+from koinon.units import PeerId, RunId
+
+_records = msgspec.msgpack.Decoder(Record)
+Listener = Callable[[ev.Event, RunState], None]
+
+
+class RunFollower:
+    """Follows one run's log. `state` is current up to `next_seq`; listeners hear each event after it was folded."""
+
+    def __init__(self, transport: Transport, board: Switchboard, coordinator: PeerId, run: RunId) -> None:
+        self.state = RunState()
+        self._transport, self._coordinator = transport, coordinator
+        self._follower = Follower(run, coordinator)
+        self._listeners: list[Listener] = []
+        board.on(m.Records, self._records, lambda _peer, _message: 0)
+
+    @property
+    def next_seq(self) -> int:
+        return self._follower.head.seq + 1
+
+    def listen(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    async def start(self, addresses: tuple[str, ...]) -> None:
+        """Ask the coordinator for the log from where this copy ends."""
+        await self._transport.request(self._coordinator, m.CTL, m.Follow(self.next_seq, addresses))
+
+    async def _records(self, peer: PeerId, message: m.Records, _body: bytearray) -> Answer:
+        if peer != self._coordinator:
+            raise Refused("Only the coordinator of the run pushes its log.")
+        for raw in message.records:
+            self._take(raw)
+        return m.Ack(self.next_seq)
+
+    def _take(self, raw: bytes) -> None:
+        try:
+            record = _records.decode(raw)
+            if not self._follower.accept(record):
+                return
+        except LogGap:
+            return  # the acknowledgement says from where to send again
+        except msgspec.DecodeError as error:
+            raise FrameMalformed(f"A log record cannot be read: {error}") from error
+        event = ev.decode(record.event)
+        self.state = apply(self.state, event)
+        self._meet(event)
+        for listener in self._listeners:
+            listener(event, self.state)
+
+    def _meet(self, event: ev.Event) -> None:
+        """Learn where members can be reached."""
+        match event:
+            case ev.Seated(worker=worker, addresses=addresses) if worker != self._transport.me:
+                self._transport.learn(NodeAddr(PeerId(worker), addresses))
+            case ev.SeatMoved(member=member, addresses=addresses) if member in self.state.seats:
+                self._transport.learn(NodeAddr(PeerId(self.state.seats[member].worker), addresses))
+            case _:
+                pass
+
+
+async def insist(transport: Transport, peer: PeerId, alpn: str, message: m.Message, *, pause: float = 0.2) -> m.Message:
+    """A request that is repeated until the peer answers; for messages that are safe to repeat.
+
+    Raises Refused when the peer says no: that is an answer. Ends with the task that awaits it.
+    """
+    while True:
+        try:
+            reply = await transport.request(peer, alpn, message)
+        except Refused:
+            raise
+        except PeerError:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+        else:
+            assert isinstance(reply.header, m.Message)
+            return reply.header

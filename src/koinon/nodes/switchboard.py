@@ -1,0 +1,88 @@
+"""Which role of this process answers which message.
+
+Roles (coordinator, trainer, worker) share one transport and register a handler per message type; the switchboard
+makes the transport's services of them. Knows nothing of what any message means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from koinon.errors import Refused
+from koinon.net.frames import Wire
+from koinon.net.transport import Answer, Service
+from koinon.nodes import messages as m
+from koinon.units import Bytes, PeerId
+
+Handle = Callable[[PeerId, Any, bytearray], Awaitable[Answer]]
+Limit = Callable[[PeerId, Any], int]
+
+REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
+    m.CTL: (
+        m.Claims,
+        m.Heartbeat,
+        m.Ready,
+        m.Held,
+        m.Complain,
+        m.Broken,
+        m.Leave,
+        m.StageDone,
+        m.Happened,
+        m.Records,
+        m.Follow,
+        m.Norms,
+    ),
+    m.JOIN: (m.Join,),
+    m.WORK: (m.Offer, m.Forward, m.Backward, m.Slice, m.Updated),
+    m.BULK: (m.StateWanted, m.MomentumWanted),
+}
+"""Every message that asks for something, under the one ALPN that may carry it."""
+REPLIES: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
+    m.CTL: (m.Granted, m.Ack),
+    m.JOIN: (m.Welcome,),
+    m.WORK: (),
+    m.BULK: (m.Tensors,),
+}
+
+
+class Switchboard:
+    """Handlers by message type. Register all before `services` is handed to a transport's `start`."""
+
+    def __init__(self, state_limit: Bytes) -> None:
+        """`state_limit`: the largest body of tensors that this node will take, in or out."""
+        self._handlers: dict[type[m.Message], Handle] = {}
+        self._limits: dict[type[m.Message], Limit] = {}
+        self._state_limit = state_limit
+
+    def on(self, message: type[m.Message], handler: Handle, limit: Limit | None = None) -> None:
+        """Answer `message` with `handler`; `limit` says at the header how many body bytes may come (default: none)."""
+        self._handlers[message] = handler
+        if limit is not None:
+            self._limits[message] = limit
+
+    def services(self) -> list[Service]:
+        """One service per ALPN. Those without a handler here still let this node ask."""
+        return [
+            Service(
+                alpn,
+                Wire(*kinds),
+                Wire(*REPLIES[alpn]) if REPLIES[alpn] else Wire(m.Ack),
+                self._dispatch,
+                body_limit=self._limit,
+                reply_limit=self._state_limit,
+            )
+            for alpn, kinds in REQUESTS.items()
+        ]
+
+    async def _dispatch(self, peer: PeerId, message: msgspec.Struct, body: bytearray) -> Answer:
+        handler = self._handlers.get(type(message))  # type: ignore[arg-type]
+        if handler is None:
+            raise Refused(f"This node does not answer {type(message).__name__}.")
+        return await handler(peer, message, body)
+
+    def _limit(self, peer: PeerId, message: msgspec.Struct) -> int:
+        limit = self._limits.get(type(message))  # type: ignore[arg-type]
+        return 0 if limit is None else limit(peer, message)

@@ -10,16 +10,19 @@
     │   ├── DataError
     │   │   ├── EmptyCorpus
     │   │   ├── CorpusChanged
+    │   │   ├── ShardDamaged
     │   │   └── TokenOutOfRange
     │   ├── NotARun             a directory holds no run
     │   ├── RunExists           a directory holds a run already
     │   ├── LogInUse            another process writes this run log
+    │   ├── KeyUnsafe           a node key's file can be read by others, or holds no key
     │   └── PortInUse
     ├── PeerError               another node did or did not do something
     │   ├── PeerUnreachable
     │   ├── DeadlinePassed
     │   ├── ProtocolMismatch
     │   ├── Refused             the peer said no, and why
+    │   ├── ChunkUnavailable    no source gave the right bytes of a chunk
     │   ├── RecordRefused       a record of the run log that may not follow what is held
     │   │   ├── LogGap
     │   │   ├── TermPassed
@@ -95,6 +98,10 @@ class CorpusChanged(DataError):
     """The corpus on this machine is not the one that the run was started with."""
 
 
+class ShardDamaged(DataError):
+    """A file of token ids is not what was written."""
+
+
 class TokenOutOfRange(DataError):
     """A token id is not below the vocabulary size."""
 
@@ -124,6 +131,10 @@ class PortInUse(UserError):
     def __init__(self, address: str) -> None:
         self.address = address
         super().__init__(f"{address} is in use by another program. Choose another port, or 0 for any free one.")
+
+
+class KeyUnsafe(UserError):
+    """The file of a node key can be read by others, or holds no key."""
 
 
 class PeerError(KoinonError):
@@ -203,6 +214,15 @@ class TwoHeads(RecordRefused):
             f"The coordinator of term {term} signed two different records number {seq}. "
             f"Keep both: they are evidence against it. Trust no record of this term from {seq} on."
         )
+
+
+class ChunkUnavailable(PeerError):
+    """No source gave the right bytes. `answers`: what each source said or did."""
+
+    def __init__(self, digest: str, answers: dict[str, str]) -> None:
+        self.digest, self.answers = digest, answers
+        said = "; ".join(f"{source[:10]}: {answer}" for source, answer in answers.items()) or "there is no source"
+        super().__init__(f"No source gave chunk {digest[:10]} ({said}). It is asked for again when a source appears.")
 
 
 class FrameError(PeerError):

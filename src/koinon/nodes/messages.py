@@ -260,6 +260,8 @@ class StageDone(Message, frozen=True):
     stage: int
     step: int
     attempt: int
+    seen: int
+    """Log position up to which the trainer had read."""
     members: tuple[int, ...]
     sets: tuple[bytes, ...]
     nbytes: int = 0

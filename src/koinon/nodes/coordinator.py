@@ -1,0 +1,414 @@
+"""The coordinator: single writer of the run log. It admits, seats, opens and commits reduces, and judges liveness.
+
+It decides by the pure rules of `koinon.run` and writes what it decided; it holds no weights and sees no tensor. What it
+can do wrong is stall or refuse: it cannot forge work, because credit follows from sets that trainer and members agree on.
+Knows nothing of models beyond what an item costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from koinon.errors import KoinonError, PeerError, Refused
+from koinon.model.flops import item_flops
+from koinon.net.identity import NodeKey
+from koinon.net.passes import Pass, issue
+from koinon.net.transport import Answer, NodeAddr, Transport
+from koinon.nodes import messages as m
+from koinon.nodes.publisher import Publisher
+from koinon.nodes.switchboard import Switchboard
+from koinon.run import events as ev
+from koinon.run.events import Member
+from koinon.run.items import pack, unpack
+from koinon.run.log import RunLog
+from koinon.run.policies.deadlines import History, deadline, observe
+from koinon.run.policies.draws import StageLoad, stage_for_joiner
+from koinon.run.spec import RunSpec
+from koinon.run.state import Phase, RunState, Seat, SeatStatus, StageState, apply
+from koinon.units import PeerId, Seconds
+
+HEARTBEAT = Seconds(1.0)
+"""How often a member tells that it lives."""
+SILENCE_FLOOR = Seconds(3.0)
+"""No member is called unreachable before that: three missed heartbeats."""
+REDUCE_FLOOR = Seconds(5.0)
+PASS_LIFETIME = Seconds(15 * 60)
+DISPUTES_ALLOWED = 3
+_TRAINER_MAY = (ev.Excluded, ev.ItemsReleased, ev.ItemDropped, ev.StepMeasured, ev.Evaluated, ev.RunCompleted)
+
+
+@dataclass(slots=True)
+class OpenAttempt:
+    """Who has reported what in the reduce attempt that is open. Never outlives the attempt."""
+
+    attempt: int
+    until: float
+    began: float
+    held: dict[Member, m.Held] = field(default_factory=dict)
+    blamed: set[Member] = field(default_factory=set)
+
+
+class Coordinator:
+    """One run's coordinator. `write` is the only way into the log."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        log: RunLog[ev.Event],
+        state: RunState,
+        transport: Transport,
+        board: Switchboard,
+        key: NodeKey,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.spec, self.log, self.state, self._transport, self._key, self._clock = spec, log, state, transport, key, clock
+        self.telemetry: dict[Member, m.Telemetry] = {}
+        self.finished = asyncio.Event()
+        self._publisher = Publisher(log, transport)
+        self._heard: dict[Member, float] = {}
+        self._since: dict[Member, float] = {}
+        self._silences = History()
+        self._reduces = [History() for _ in range(spec.model.stages)]
+        self._attempts: dict[int, OpenAttempt] = {}
+        self._changed = [0] * spec.model.stages  # log position of each stage's latest change of members
+        board.on(m.Join, self._on_join)
+        for message, handler in (
+            (m.Heartbeat, self._on_heartbeat),
+            (m.Ready, self._on_ready),
+            (m.Held, self._on_held),
+            (m.Complain, self._on_complaint),
+            (m.Broken, self._on_broken),
+            (m.Leave, self._on_leave),
+            (m.StageDone, self._on_stage_done),
+            (m.Happened, self._on_happened),
+            (m.Follow, self._on_follow),
+        ):
+            board.on(message, handler)
+
+    async def run(self) -> None:
+        """Watch members and reduces until the run has ended or the task is cancelled."""
+        try:
+            while self.state.phase is Phase.TRAINING:
+                await asyncio.sleep(HEARTBEAT.value / 4)
+                self._watch_members()
+                self._watch_reduces()
+        finally:
+            self._publisher.close()
+
+    def write(self, *events: ev.Event) -> None:
+        """Append to the log, fold, publish. Raises DiskFull, and then nothing of these events has happened."""
+        now = time.time()
+        stamped = [msgspec.structs.replace(event, at=now) for event in events]
+        self.log.append_many(stamped)
+        for event in stamped:
+            before = self.state
+            self.state = apply(before, event)
+            self._note(event)
+        self._publisher.wake()
+        if self.state.phase not in (Phase.TRAINING, Phase.PROPOSED):
+            self.finished.set()
+
+    def vanished(self, worker: PeerId, reason: str) -> None:
+        """Whoever started the process says that it has ended: no need to wait for silence."""
+        seat = self.state.member_of(worker)
+        if seat is not None and self.state.phase is Phase.TRAINING:
+            self.write(ev.SeatLeft(seat.member, reason))
+
+    def stop(self, reason: str) -> None:
+        """Drain: the directory can be resumed from the last committed step."""
+        if self.state.phase is Phase.TRAINING:
+            self.write(ev.RunStopped(reason))
+
+    # --- membership
+
+    async def _on_join(self, peer: PeerId, message: m.Join, _body: bytearray) -> Answer:
+        if self.state.phase in (Phase.FAILED, Phase.STOPPED):
+            raise Refused(f"The run is {self.state.phase}: {self.state.reason}")
+        if old := self.state.member_of(peer):
+            self.write(ev.SeatLeft(old.member, "its process started anew"))
+        stage = self._stage_for(peer, message)
+        seat = self._free_seat(stage)
+        member = Member(self.state.next_member)
+        begin = self._begin(self.state.stages[stage], message)
+        self._transport.learn(NodeAddr(peer, message.addresses))
+        self.write(ev.Seated(member, peer, message.account, stage, seat, message.addresses))
+        self._heard[member] = self._clock()
+        return m.Welcome(
+            member, stage, seat, begin, self.state.stages[stage].step, self.state.spec, self._pass(peer, message, stage)
+        )
+
+    def _stage_for(self, peer: PeerId, message: m.Join) -> int:
+        """An account serves one stage for the life of the run; a newcomer is drawn to where capacity is least."""
+        served = {s.stage for s in self.state.seats.values() if s.account == message.account}
+        if served:
+            stage = served.pop()
+        elif message.stage is not None and 0 <= message.stage < len(self.state.stages):
+            stage = message.stage
+        else:
+            loads = [StageLoad(s.index, len(self.state.seats_of(s.index))) for s in self.state.stages]
+            stage = stage_for_joiner(loads, self.log.head.hash + peer.encode())
+        living = sum(s.status is not SeatStatus.LEFT for s in self.state.seats.values())
+        if living >= self.spec.league.max_workers:
+            raise Refused(f"The league is full: it has {living} of {self.spec.league.max_workers} workers.")
+        return stage
+
+    def _free_seat(self, stage: int) -> int:
+        taken = {s.seat for s in self.state.seats_of(stage)}
+        return next(i for i in range(len(taken) + 1) if i not in taken)
+
+    def _begin(self, stage: StageState, message: m.Join) -> str:
+        """How a newcomer gets the stage's state: from a living member, from its own disk, or by founding the stage."""
+        if self.state.ready(stage.index):
+            return "fetch"
+        root = stage.root_at(stage.step)
+        if root is not None and (stage.step, root) in message.have:
+            return "load"
+        someone_begins = bool(self.state.seats_of(stage.index, SeatStatus.SYNCING))
+        return "found" if stage.step == 0 and root is None and not someone_begins else "fetch"
+
+    def _pass(self, peer: PeerId, message: m.Join, stage: int) -> bytes:
+        not_after = int(time.time() + PASS_LIFETIME.value)
+        shown: Pass = issue(
+            self._key,
+            run=self.state.run,
+            node=peer,
+            account=message.account,
+            role="worker",
+            stage=stage,
+            term=self.log.term,
+            not_after=not_after,
+        )
+        return msgspec.msgpack.encode(shown)
+
+    async def _on_follow(self, peer: PeerId, message: m.Follow, _body: bytearray) -> Answer:
+        if peer != self.state.trainer and self.state.member_of(peer) is None:
+            raise Refused("Only members and the trainer of the run follow its log: ask for a seat first.")
+        if message.addresses:
+            self._transport.learn(NodeAddr(peer, message.addresses))
+        self._publisher.add(peer, message.first)
+        return m.Ack(self.log.head.seq + 1)
+
+    async def _on_ready(self, peer: PeerId, message: m.Ready, _body: bytearray) -> Answer:
+        seat = self._seat(peer, message.member)
+        stage = self.state.stages[seat.stage]
+        if message.step != stage.step:
+            raise Refused(f"Stage {seat.stage} is at step {stage.step} by now; you have {message.step}: fetch again.")
+        root = stage.root_at(stage.step)
+        if root is not None and root != message.root:
+            raise Refused(f"Your weights of stage {seat.stage} at step {stage.step} are not those of the log: fetch them.")
+        if seat.status is SeatStatus.SYNCING:
+            self.write(ev.SeatReady(seat.member, message.step, message.root))
+        return m.Ack()
+
+    async def _on_heartbeat(self, peer: PeerId, message: m.Heartbeat, _body: bytearray) -> Answer:
+        seat = self._seat(peer, message.member)
+        now = self._clock()
+        if seat.member in self._heard:
+            self._silences = observe(self._silences, Seconds(now - self._heard[seat.member]))
+        self._heard[seat.member] = now
+        self.telemetry[seat.member] = message.telemetry
+        if seat.status is SeatStatus.UNREACHABLE:
+            self.write(ev.Returned(seat.member))
+        return m.Ack(self.log.head.seq + 1)
+
+    async def _on_leave(self, peer: PeerId, message: m.Leave, _body: bytearray) -> Answer:
+        seat = self._seat(peer, message.member)
+        self.write(ev.SeatLeft(seat.member, message.reason[:200]))
+        return m.Ack()
+
+    async def _on_broken(self, peer: PeerId, message: m.Broken, _body: bytearray) -> Answer:
+        """Something that no retry mends: the run ends here, whole, rather than going on wrongly."""
+        if peer != self.state.trainer:
+            self._seat(peer, message.member)
+        if self.state.phase is Phase.TRAINING:
+            self.write(ev.RunFailed(message.reason[:1000]))
+        return m.Ack()
+
+    def _seat(self, peer: PeerId, member: int) -> Seat:
+        seat = self.state.seats.get(Member(member))
+        if seat is None or seat.worker != peer or seat.status is SeatStatus.LEFT:
+            raise Refused("You have no seat in this run (any more): ask for one.")
+        return seat
+
+    def _watch_members(self) -> None:
+        now, allowed = self._clock(), deadline(self._silences, floor=SILENCE_FLOOR).value
+        for member, seat in list(self.state.seats.items()):
+            if seat.status is SeatStatus.LEFT:
+                self._heard.pop(member, None)
+                self.telemetry.pop(member, None)
+                continue
+            silent = now - self._heard.setdefault(member, now)
+            if seat.status is SeatStatus.UNREACHABLE:
+                if silent > self.spec.league.grace_s:
+                    self.write(ev.SeatLeft(member, f"unreachable for {Seconds(silent)}"))
+            elif silent > allowed:
+                self.write(ev.Unreachable(member, f"silent for {Seconds(silent)}"))
+
+    # --- reduces
+
+    async def _on_stage_done(self, peer: PeerId, message: m.StageDone, _body: bytearray) -> Answer:
+        if peer != self.state.trainer:
+            raise Refused("Only the trainer of the run says that a stage is done.")
+        stage = self.state.stages[message.stage]
+        if (stage.step, stage.attempt) != (message.step, message.attempt) or stage.reduce is not None:
+            return m.Ack(self.log.head.seq + 1)  # a late twin
+        if message.seen < self._changed[message.stage]:
+            raise Refused("The stage's members have changed since: look at the log, and say again.")
+        members = [s.member for s in self.state.ready(stage.index) if self.state.may_contribute(s.member, stage.step)]
+        sets = self._checked_sets(stage, members, dict(zip(message.members, message.sets, strict=True)))
+        now = self._clock()
+        until = now + deadline(self._reduces[stage.index], floor=REDUCE_FLOOR).value
+        self._attempts[stage.index] = OpenAttempt(stage.attempt, until, now)
+        self.write(ev.ReduceOpened(stage.index, stage.step, stage.attempt, tuple(members), sets))
+        return m.Ack(self.log.head.seq + 1)
+
+    def _checked_sets(
+        self, stage: StageState, members: list[Member], claimed: dict[int, bytes]
+    ) -> tuple[bytes, ...]:
+        """Each item in exactly one set, dropped ones in none, and nobody's set without its member."""
+        if not set(claimed) <= set(members):
+            raise Refused("A contribution of a member that is not there (any more) cannot be reduced.")
+        items = [i for bitmap in claimed.values() for i in unpack(bitmap)]
+        expected = set(range(self.state.microbatches)) - stage.dropped
+        if len(items) != len(set(items)) or set(items) != expected:
+            raise Refused(f"The sets of stage {stage.index} do not cover its items exactly once.")
+        return tuple(claimed.get(member, b"") for member in members)
+
+    async def _on_held(self, peer: PeerId, message: m.Held, _body: bytearray) -> Answer:
+        seat = self._seat(peer, message.member)
+        attempt = self._attempt(message.stage, message.step, message.attempt)
+        if attempt is None or seat.stage != message.stage:
+            return m.Ack()
+        attempt.held[seat.member] = message
+        self._commit_if_held(self.state.stages[message.stage], attempt)
+        return m.Ack()
+
+    def _commit_if_held(self, stage: StageState, attempt: OpenAttempt) -> None:
+        assert stage.reduce is not None
+        if set(stage.reduce.members) != set(attempt.held):
+            return
+        first = attempt.held[stage.reduce.members[0]]
+        if len({held.root for held in attempt.held.values()}) > 1:
+            self.write(ev.ReduceAborted(stage.index, stage.step, attempt.attempt, "members hold different bytes"))
+            return
+        self._reduces[stage.index] = observe(self._reduces[stage.index], Seconds(self._clock() - attempt.began))
+        lost = tuple(sorted({name for held in attempt.held.values() for name in held.momentum_lost}))
+        self.write(
+            *([ev.MomentumLost(stage.index, stage.step, lost)] if lost else []),
+            *self._contributions(stage),
+            ev.StageStepped(
+                stage.index, stage.step, attempt.attempt, first.root, first.gradient_norm, first.penalised
+            ),
+        )  # fmt: skip
+
+    def _contributions(self, stage: StageState) -> Iterable[ev.Contributed]:
+        assert stage.reduce is not None
+        model, train = self.spec.model, self.spec.train
+        flops = item_flops(model, stage.index, train.microbatch, model.context).total.count
+        for member, bitmap in zip(stage.reduce.members, stage.reduce.sets, strict=True):
+            if items := len(unpack(bitmap)):
+                tokens = items * train.microbatch * model.context
+                yield ev.Contributed(member, stage.index, stage.step, bitmap, tokens, items * flops)
+
+    async def _on_complaint(self, peer: PeerId, message: m.Complain, _body: bytearray) -> Answer:
+        seat = self._seat(peer, message.member)
+        attempt = self._attempt(message.stage, message.step, message.attempt)
+        if attempt is None or seat.stage != message.stage:
+            return m.Ack()
+        stage = self.state.stages[message.stage]
+        assert stage.reduce is not None
+        about = Member(message.about)
+        if about not in stage.reduce.members:
+            return m.Ack()
+        if message.tensor:
+            self._dispute(stage, about, seat.member, message)
+        else:
+            attempt.blamed.add(about)
+        return m.Ack()
+
+    def _dispute(self, stage: StageState, owner: Member, second: Member, message: m.Complain) -> None:
+        """Two members got different updates from the same slices. Two cannot judge each other: try again, then stop."""
+        self.write(
+            ev.Disputed(stage.index, stage.step, message.attempt, owner, second, message.tensor, message.error)
+        )
+        if self.state.stages[stage.index].disputes >= DISPUTES_ALLOWED:
+            self.write(
+                ev.RunFailed(
+                    f"Members {owner} and {second} of stage {stage.index} keep computing different updates of "
+                    f"{message.tensor} (by {message.error:.1e}): one of the machines is wrong. Test both, then resume."
+                )
+            )
+
+    def _attempt(self, stage: int, step: int, attempt: int) -> OpenAttempt | None:
+        """The open attempt that a message speaks of, or None if that is over."""
+        if not 0 <= stage < len(self.state.stages):
+            return None
+        reduce, known = self.state.stages[stage].reduce, self._attempts.get(stage)
+        if reduce is None or known is None or (reduce.step, reduce.attempt) != (step, attempt):
+            return None
+        return known if known.attempt == attempt else None
+
+    def _watch_reduces(self) -> None:
+        """A reduce past its deadline goes on without those who were waited for in vain."""
+        now = self._clock()
+        for stage in self.state.stages:
+            attempt = self._attempts.get(stage.index)
+            if stage.reduce is None or attempt is None or now < attempt.until:
+                continue
+            missing = set(stage.reduce.members) - set(attempt.held)
+            blamed = (attempt.blamed & missing) or missing
+            if blamed >= set(stage.reduce.members):
+                self.write(ev.ReduceAborted(stage.index, stage.step, attempt.attempt, "nobody finished in time"))
+                continue
+            for member in sorted(blamed):
+                self.write(ev.Excluded(member, stage.step, "did not finish the reduce in time"))
+
+    # --- what a trainer reports
+
+    async def _on_happened(self, peer: PeerId, message: m.Happened, _body: bytearray) -> Answer:
+        if peer != self.state.trainer:
+            raise Refused("Only the trainer of the run reports its events.")
+        event = ev.decode(message.event)
+        if not isinstance(event, _TRAINER_MAY):
+            raise Refused(f"A trainer does not decide {type(event).__name__}.")
+        if isinstance(event, ev.RunCompleted) and self.state.step < self.spec.train.steps:
+            raise Refused("The run is not complete: a stage has steps to take.")
+        if self.state.phase is Phase.TRAINING:
+            self.write(event)
+        return m.Ack(self.log.head.seq + 1)
+
+    def _note(self, event: ev.Event) -> None:
+        """Bookkeeping that follows from what was just written."""
+        position = self.log.head.seq
+        match event:
+            case ev.SeatReady(member=member) | ev.Unreachable(member=member) | ev.SeatLeft(member=member) | ev.Excluded(
+                member=member
+            ):
+                self._changed[self.state.seats[member].stage] = position
+            case _:
+                pass
+        for index in list(self._attempts):
+            if self.state.stages[index].reduce is None:
+                del self._attempts[index]
+        if isinstance(event, ev.SeatLeft):
+            self._publisher.remove(PeerId(self.state.seats[event.member].worker))
+
+
+async def reported(transport: Transport, coordinator: PeerId, event: ev.Event) -> None:
+    """Ask the coordinator to log an event; repeated until it answers."""
+    message = m.Happened(ev.encode(event))
+    while True:
+        with contextlib.suppress(PeerError):
+            await transport.request(coordinator, m.CTL, message)
+            return
+        await asyncio.sleep(0.2)
+
+
+__all__ = ["HEARTBEAT", "Coordinator", "KoinonError", "pack", "reported"]

@@ -53,6 +53,8 @@ def prepare(
 
 def _build(config: DataConfig, directory: Path, progress: Progress, shard_tokens: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    for abandoned in directory.rglob("*.tmp"):
+        abandoned.unlink()
     corpus = open_corpus(config)
     manifest = _manifest(corpus, config, directory / "corpus.json", progress)
     made = _tokenizer(corpus, manifest, directory / "tokenizer.json", progress)

@@ -22,6 +22,7 @@ NBytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 """Size of a body in bytes, as a header field."""
 
 MAX_HEADER: Final = 64 * 1024
+MAX_BODY: Final = 1 << 40
 _LENGTH: Final = struct.Struct(">I")
 _DIMENSION_LIMIT: Final = 1 << 31
 
@@ -43,8 +44,8 @@ PLAIN: Final = "plain"
 """The codec of a tensor whose bytes are its elements, little-endian, row-major."""
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
-    """Base of all wire headers: tagged with the class name, closed to unknown fields.
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, array_like=True):
+    """Base of wire headers: tagged with the class name, closed to unknown fields, an array on the wire and no map.
 
     A header with a body declares `nbytes: NBytes`. A subclass repeats `frozen=True`, for the type checker.
     """
@@ -75,13 +76,13 @@ class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class Wire:
     """A codec for one closed set of headers.
 
-    Raises TypeError when a header type is not tagged or is open to unknown fields, or when two share a tag.
+    Raises TypeError when a type is not tagged, not an array or open to unknown fields, or when two share a tag.
     """
 
     def __init__(self, *types: type[msgspec.Struct]) -> None:
         for kind in types:
             config = kind.__struct_config__
-            if config.tag is None or not config.forbid_unknown_fields:
+            if config.tag is None or not config.forbid_unknown_fields or not config.array_like:
                 raise TypeError(f"{kind.__name__} is not a wire header: derive it from `Header`.")
         self.types = types
         self._encoder = msgspec.msgpack.Encoder()
@@ -114,9 +115,12 @@ class Wire:
         if len(encoded) > MAX_HEADER:
             raise FrameTooLarge(f"A header of {len(encoded)} bytes came, {MAX_HEADER} are allowed.")
         try:
-            return self._decoder.decode(encoded)
+            header = self._decoder.decode(encoded)
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
             raise FrameMalformed(f"A header cannot be read: {error}") from error
+        if not 0 <= body_size(header) <= MAX_BODY:
+            raise FrameTooLarge(f"A {type(header).__name__} announces {body_size(header)} bytes.")
+        return header
 
 
 def union_of(types: Sequence[type]) -> type:

@@ -47,7 +47,7 @@ class Busy(Header, frozen=True, tag="busy"):
 class Drop(Header, frozen=True, tag="drop"):
     """Never here: not my stage, old step, lease revoked. The reason is a sentence."""
 
-    reason: Annotated[str, msgspec.Meta(max_length=1000)]
+    reason: str
 
 
 Verdict: TypeAlias = Accepted | Busy | Drop

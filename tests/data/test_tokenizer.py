@@ -151,6 +151,11 @@ def test_more_merges_than_the_vocabulary_has_room_for_are_refused() -> None:
         BpeTokenizer([("a", "b"), ("ab", "c")], vocab=257)
 
 
+def test_two_merges_that_give_one_token_share_its_id() -> None:
+    tokenizer = BpeTokenizer([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc"), ("c", "d")], vocab=260)
+    assert [tokenizer.bytes_of(token) for token in range(256, 260)] == [b"ab", b"bc", b"abc", b"cd"]
+
+
 def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Prepare the data"):
         load(tmp_path / "tokenizer.json")

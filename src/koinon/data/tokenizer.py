@@ -76,9 +76,7 @@ class TextStream:
 
     def rest(self) -> str:
         """What was cut off in the middle of a character, as U+FFFD; the stream is then as new."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 class ByteTokenizer(Tokenizer):

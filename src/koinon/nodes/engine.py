@@ -1,0 +1,321 @@
+"""The arithmetic of one worker: forward, backward, fold, sum, update, snapshot. Called from its compute thread only.
+
+A work item is a pure function of (weights, ids, incoming coefficients, outgoing gradient). Folding adds its weight
+gradient to the accumulators in place, so it can never be taken back: whoever calls `backward` with `fold` holds a claim.
+Weights change only in `commit`, by swapping in bytes that every member holds; the version before is kept until the whole
+league has left it, because a neighbour may still need an item re-executed with it.
+Knows nothing of peers, leases or time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from koinon.errors import FrameMalformed, NonFiniteLoss
+from koinon.model import codec
+from koinon.model.config import ModelConfig
+from koinon.model.snapshot import root
+from koinon.model.stage import Stage
+from koinon.optim.config import OptimConfig
+from koinon.optim.update import State, TensorUpdate, initial_state
+
+Key = tuple[int, int, int]
+SECOND_TOLERANCE = 1e-4
+"""Relative difference of two updates from the same slices that different hardware may cause."""
+
+
+@dataclass(slots=True)
+class _Graph:
+    """What backward needs: the leaf that the coefficients entered by (None in stage 0) and the output."""
+
+    entered: Tensor | None
+    left: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The outcome of a reduce attempt, not applied yet."""
+
+    step: int
+    weights: dict[str, Tensor]
+    momentum: dict[str, State]
+    root: str
+
+
+class Engine:
+    """One stage's state and arithmetic. `step`: the step whose items the current weights are for."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optim: OptimConfig,
+        stage: Stage,
+        step: int,
+        momentum: Mapping[str, State],
+        graph_budget: int,
+    ) -> None:
+        """graph_budget: bytes that autograd graphs may hold; beyond it an item is recomputed from its input."""
+        self.config, self.optim, self.stage, self.step = config, optim, stage, step
+        self.momentum = dict(momentum)
+        self.names = sorted(stage.trained())
+        self.sizes = {name: p.numel() * 4 for name, p in stage.trained().items()}
+        self.recomputed_items = 0
+        self._previous: dict[str, Tensor] = {}
+        self._graphs: dict[Key, _Graph] = {}
+        self._graph_bytes = 0
+        self._budget = graph_budget
+        self.zero()
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage.index == self.config.stages - 1
+
+    # --- items
+
+    def forward(self, key: Key, step: int, ids: NDArray[np.int64], entered: bytes | None, *, train: bool) -> bytes:
+        """Coefficients for the next stage, encoded. `ids` (b, T); `entered`: this stage's encoded input."""
+        tokens = torch.from_numpy(ids)
+        with self._weights_of(step):
+            if not train:
+                with torch.no_grad():
+                    return self._encoded(self.stage(tokens, self._decoded(entered, tokens.numel())))
+            graph = self._run_forward(tokens, entered)
+            if self._has_room():
+                self._graphs[key] = graph
+            return self._encoded(graph.left.detach())
+
+    def backward(
+        self,
+        key: Key,
+        step: int,
+        ids: NDArray[np.int64],
+        entered: bytes | None,
+        gradient: bytes,
+        *,
+        fold: bool,
+    ) -> bytes | None:
+        """Fold the item (or, without `fold`, only re-execute it) and return the gradient for the stage before, encoded."""
+        tokens = torch.from_numpy(ids)
+        with self._weights_of(step):
+            graph = self._graphs.pop(key, None)
+            if graph is None:
+                self.recomputed_items += 1
+                graph = self._run_forward(tokens, entered)
+            arriving = codec.decode(gradient, self.config.codec, tokens.numel(), self.config.boundary_width)
+            return self._run_backward(graph, graph.left, arriving, fold=fold)
+
+    def finish(
+        self,
+        step: int,
+        ids: NDArray[np.int64],
+        targets: NDArray[np.int64],
+        entered: bytes | None,
+        step_tokens: int,
+        *,
+        fold: bool,
+    ) -> tuple[float, bytes | None]:
+        """Last stage: (summed cost of the item, gradient for the stage before). Raises NonFiniteLoss."""
+        tokens = torch.from_numpy(ids)
+        with self._weights_of(step):
+            leaf = self._decoded(entered, tokens.numel())
+            if leaf is not None:
+                leaf.requires_grad_()
+            cost = self.stage.loss_sum(tokens, leaf, torch.from_numpy(targets))
+            value = cost.item()
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"The cost of an item of step {step} is {value}. Lower `muon_lr` and `adamw_lr`, then resume: "
+                    "the last committed step is intact."
+                )
+            scaled = cost / step_tokens
+            return value, self._run_backward(_Graph(leaf, scaled), scaled, None, fold=fold)
+
+    def cost(self, step: int, ids: NDArray[np.int64], targets: NDArray[np.int64], entered: bytes | None) -> float:
+        """Last stage: summed cost without a gradient."""
+        tokens = torch.from_numpy(ids)
+        with self._weights_of(step), torch.no_grad():
+            return float(
+                self.stage.loss_sum(tokens, self._decoded(entered, tokens.numel()), torch.from_numpy(targets)).item()
+            )
+
+    def sample(
+        self, step: int, ids: NDArray[np.int64], entered: bytes | None, temperature: float, seed: int
+    ) -> int:
+        """Last stage: the next token of the (single) sequence. Temperature 0 is the likeliest token."""
+        tokens = torch.from_numpy(ids)
+        with self._weights_of(step), torch.no_grad():
+            logits = self.stage.logits(tokens, self._decoded(entered, tokens.numel()))[0, -1].double()
+        if temperature <= 0:
+            return int(logits.argmax())
+        generator = torch.Generator().manual_seed(seed)
+        return int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+
+    def forget(self, key: Key) -> None:
+        """Free an item's graph, if there is one."""
+        self._graphs.pop(key, None)
+
+    def zero(self) -> None:
+        """Empty the accumulators and drop every graph: nothing of this step has been folded here."""
+        self._graphs.clear()
+        for parameter in self.stage.trained().values():
+            parameter.grad = None
+
+    def _run_forward(self, tokens: Tensor, entered: bytes | None) -> _Graph:
+        leaf = self._decoded(entered, tokens.numel())
+        if leaf is not None:
+            leaf.requires_grad_()
+        if self._graph_bytes:
+            return _Graph(leaf, self.stage(tokens, leaf))
+        seen: dict[int, int] = {}
+
+        def measure(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(measure, lambda saved: saved):
+            graph = _Graph(leaf, self.stage(tokens, leaf))
+        weights = {p.untyped_storage().data_ptr() for p in self.stage.trained().values()}
+        self._graph_bytes = max(1, sum(size for pointer, size in seen.items() if pointer not in weights))
+        return graph
+
+    def _run_backward(self, graph: _Graph, output: Tensor, arriving: Tensor | None, *, fold: bool) -> bytes | None:
+        if fold:
+            torch.autograd.backward(output, arriving)
+            gradient = None if graph.entered is None else graph.entered.grad
+        elif graph.entered is None:
+            return None
+        else:
+            (gradient,) = torch.autograd.grad(output, graph.entered, arriving)
+        return None if gradient is None else self._encoded(gradient)
+
+    def _has_room(self) -> bool:
+        return (len(self._graphs) + 1) * self._graph_bytes <= self._budget
+
+    def _encoded(self, rows: Tensor) -> bytes:
+        return codec.encode(rows, self.config.codec)
+
+    def _decoded(self, entered: bytes | None, tokens: int) -> Tensor | None:
+        if entered is None:
+            return None
+        return codec.decode(entered, self.config.codec, tokens, self.config.boundary_width)
+
+    @contextmanager
+    def _weights_of(self, step: int) -> Iterator[None]:
+        """The weights that items of `step` use: the current ones, or for a re-execution the ones before."""
+        if step == self.step:
+            yield
+        elif step == self.step - 1 and self._previous:
+            current = {name: p.data for name, p in self.stage.trained().items()}
+            self.stage.load(self._previous)
+            try:
+                yield
+            finally:
+                self.stage.load(current)
+        else:
+            raise FrameMalformed(f"An item of step {step} came to weights of step {self.step}.")
+
+    # --- the reduce
+
+    def gradients(self, names: Sequence[str]) -> bytes:
+        """This worker's accumulated gradient of these tensors, one after the other, fp32."""
+        trained = self.stage.trained()
+        return b"".join(_bytes(p.grad if p.grad is not None else torch.zeros_like(p)) for p in (trained[n] for n in names))
+
+    def summed(self, names: Sequence[str], slices: Sequence[bytes | bytearray]) -> dict[str, Tensor]:
+        """Sum of the members' slices in the order given. Raises FrameMalformed naming the index of a bad slice."""
+        total: Tensor | None = None
+        for index, piece in enumerate(slices):
+            flat = torch.from_numpy(np.frombuffer(piece, "<f4"))
+            if flat.numel() * 4 != sum(self.sizes[n] for n in names) or not torch.isfinite(flat).all():
+                raise FrameMalformed(f"slice {index} is not a finite gradient of the right size")
+            total = flat.clone() if total is None else total.add_(flat)
+        if total is None:
+            total = torch.zeros(sum(self.sizes[n] for n in names) // 4)
+        return self.split(names, total)
+
+    def split(self, names: Sequence[str], flat: Tensor) -> dict[str, Tensor]:
+        """A flat tensor as the named tensors, in order."""
+        trained, out, at = self.stage.trained(), {}, 0
+        for name in names:
+            count = trained[name].numel()
+            out[name] = flat[at : at + count].view(trained[name].shape)
+            at += count
+        return out
+
+    def received(self, names: Sequence[str], body: bytes | bytearray) -> dict[str, Tensor]:
+        """An owner's updated tensors. Raises FrameMalformed if they are not finite or not whole."""
+        if len(body) != sum(self.sizes[n] for n in names):
+            raise FrameMalformed("updated tensors of the wrong size")
+        flat = torch.from_numpy(np.frombuffer(body, "<f4").copy())
+        if not torch.isfinite(flat).all():
+            raise FrameMalformed("updated tensors that are not finite")
+        return self.split(names, flat)
+
+    def sent(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> bytes:
+        return b"".join(_bytes(tensors[name]) for name in names)
+
+    def update(
+        self, gradients: Mapping[str, Tensor], total_norm: float, step_tokens: int
+    ) -> tuple[dict[str, Tensor], dict[str, State]]:
+        """New weights and optimizer state of the given tensors; nothing is changed here."""
+        rule = TensorUpdate(self.optim, self.step, stages=self.config.stages, total_norm=total_norm, tokens=step_tokens)
+        weights: dict[str, Tensor] = {}
+        states: dict[str, State] = {}
+        for name, gradient in gradients.items():
+            weight = self.stage.trained()[name].detach()
+            state = self.momentum.get(name) or initial_state(self.stage.spec(name), weight)
+            weights[name], states[name] = rule(self.stage.spec(name), weight, gradient, state)
+        return weights, states
+
+    def penalised_squares(self) -> float:
+        """Sum of squares of the weights that J's penalty counts."""
+        trained = self.stage.trained()
+        return math.fsum(float(trained[n].detach().double().square().sum()) for n in self.names if self.stage.spec(n).penalised)
+
+    def prepare(self, weights: Mapping[str, Tensor], momentum: Mapping[str, State]) -> Prepared:
+        """What `commit` will apply: all tensors of the stage after this step."""
+        ordered = {name: weights[name] for name in self.names}
+        return Prepared(self.step + 1, ordered, dict(momentum), root(ordered))
+
+    def commit(self, prepared: Prepared) -> None:
+        """Apply a reduce that the log has committed, and empty the accumulators."""
+        self._previous = {name: p.data for name, p in self.stage.trained().items()}
+        self.stage.load(prepared.weights)
+        self.momentum = dict(prepared.momentum)
+        self.step = prepared.step
+        self.zero()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: self.stage.trained()[name].detach() for name in self.names}
+
+
+def squares(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
+    """Sum of squares of each tensor, in fp64, in the order given."""
+    return tuple(float(t.double().square().sum()) for t in tensors.values())
+
+
+def largest_difference(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The tensor in which two updates differ most, relative to its norm."""
+    worst, most = "", 0.0
+    for name, tensor in mine.items():
+        error = float((tensor - theirs[name]).norm() / tensor.norm().clamp_min(1e-30))
+        if error > most or not worst:
+            worst, most = name, error
+    return worst, most
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().numpy().tobytes()

@@ -1,0 +1,161 @@
+"""The items on a worker's bench: what it was leased, what it holds of each, and which job is next.
+
+Pure bookkeeping: no transport, no tensors, no clock. Bytes that crossed a boundary are kept until every stage has taken
+the step, so that any neighbour's replacement can be served from them; the first accepted bytes of an item and direction
+win, so a re-execution never replaces what somebody has computed with already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from koinon.nodes.messages import Kind, Lease
+
+Key = tuple[int, int, int]
+
+
+class ClaimState(Enum):
+    NONE = auto()
+    ASKED = auto()
+    GRANTED = auto()
+    REFUSED = auto()
+
+
+@dataclass(slots=True)
+class Item:
+    """One item of this worker's stage."""
+
+    lease: Lease
+    ids: Any = None
+    """(b, T + 1) int64, or (1, n) for sampling."""
+    entered: bytes | None = None
+    """Encoded coefficients from the stage before."""
+    left: bytes | None = None
+    """Encoded coefficients for the stage after. Kept."""
+    gradient: bytes | None = None
+    """Encoded gradient from the stage after."""
+    returned: bytes | None = None
+    """Encoded gradient for the stage before. Kept."""
+    claim: ClaimState = ClaimState.NONE
+    is_done: bool = False
+    """Folded, or answered, or (where it does not fold) re-executed."""
+    value: float | None = None
+    forward_to: int | None = None
+    """Member that was given `left`."""
+    backward_to: int | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.lease.key
+
+
+class JobKind(Enum):
+    FORWARD = auto()
+    BACKWARD = auto()
+    FINISH = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    kind: JobKind
+    item: Item
+
+
+@dataclass(slots=True)
+class Workbench:
+    """`member` and `stage` of the worker; `step`: the step its weights are for."""
+
+    member: int
+    stage: int
+    stages: int
+    step: int = 0
+    items: dict[Key, Item] = field(default_factory=dict)
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    def lease(self, lease: Lease) -> Item:
+        """Note a lease: new work, or a new revision of work that is here. An older revision changes nothing."""
+        item = self.items.get(lease.key)
+        if item is None:
+            item = self.items[lease.key] = Item(lease)
+        elif lease.revision > item.lease.revision:
+            item.lease = lease
+            # A neighbour that lost its state asks by a new revision: hand it over again, whoever it is.
+            item.forward_to = item.backward_to = None
+            if item.claim in (ClaimState.REFUSED, ClaimState.ASKED):
+                item.claim = ClaimState.NONE
+        return item
+
+    def is_mine(self, item: Item) -> bool:
+        return item.lease.route[self.stage] == self.member
+
+    def folds(self, item: Item) -> bool:
+        return item.lease.kind is Kind.TRAIN and item.lease.folds_at(self.stage) and item.lease.step >= self.step
+
+    def claimable(self) -> Iterator[Item]:
+        """Items that are ready to be folded but for the claim."""
+        for item in self.items.values():
+            if item.claim is not ClaimState.NONE or item.is_done or not self.is_mine(item) or not self.folds(item):
+                continue
+            if item.lease.step == self.step and self._has_input(item) and (self.is_last or item.gradient is not None):
+                yield item
+
+    def jobs(self) -> Iterator[Job]:
+        """Everything that could be computed now."""
+        for item in self.items.values():
+            if not self._is_ready(item):
+                continue
+            if self.is_last:
+                if not item.is_done and (not self.folds(item) or item.claim is ClaimState.GRANTED):
+                    yield Job(JobKind.FINISH, item)
+            elif item.left is None:
+                yield Job(JobKind.FORWARD, item)
+            elif item.gradient is not None and not item.is_done:
+                if not self.folds(item) or item.claim is ClaimState.GRANTED:
+                    yield Job(JobKind.BACKWARD, item)
+
+    def next_job(self) -> Job | None:
+        """Backward before forward, the older step and the lower microbatch first: 1F1B."""
+        return min(self.jobs(), key=_urgency, default=None)
+
+    def void(self, step: int) -> None:
+        """The accumulators were emptied: what had been folded at this step has to be folded again, by whoever holds it."""
+        for item in self.items.values():
+            if item.lease.kind is Kind.TRAIN and item.lease.step == step:
+                item.claim, item.is_done = ClaimState.NONE, False
+
+    def retire(self, step: int) -> list[Key]:
+        """Drop everything of training steps before `step`, which every stage has taken; returns the keys."""
+        old = [
+            key
+            for key, item in self.items.items()
+            if item.lease.step < step or (item.lease.kind is not Kind.TRAIN and item.is_done)
+        ]
+        for key in old:
+            del self.items[key]
+        return old
+
+    def _has_input(self, item: Item) -> bool:
+        return item.ids is not None and (self.is_first or item.entered is not None)
+
+    def _is_ready(self, item: Item) -> bool:
+        """Mine, whole, and of a step that the weights are for (or were, for a re-execution)."""
+        if not self.is_mine(item) or not self._has_input(item):
+            return False
+        if item.lease.kind is not Kind.TRAIN:
+            return not item.is_done and item.lease.step == self.step
+        return item.lease.step == self.step or (item.lease.step == self.step - 1 and not item.lease.folds_at(self.stage))
+
+
+def _urgency(job: Job) -> tuple[int, int, int, int]:
+    lease = job.item.lease
+    return (int(job.kind is JobKind.FORWARD), lease.step, int(lease.kind), lease.microbatch)

@@ -1,0 +1,516 @@
+"""A worker: one stage, one compute thread, and the wiring between its bench, its engine and its neighbours.
+
+What it computes is the engine's business, what it may compute is the bench's, how a step is summed is the reducer's, how
+it gets its state is the syncer's. Here messages meet them. Knows nothing of other stages' weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from koinon.errors import DiskFull, KoinonError, NumericsError, PeerError, Refused
+from koinon.model.flops import item_flops
+from koinon.net.identity import NodeKey, verify
+from koinon.net.transport import DONE, Answer, Drop, Transport
+from koinon.nodes import messages as m
+from koinon.nodes.compute import Compute
+from koinon.nodes.engine import Engine
+from koinon.nodes.flight import unpacked_ids
+from koinon.nodes.follower import RunFollower, insist
+from koinon.nodes.messages import Kind
+from koinon.nodes.reducer import Reducer
+from koinon.nodes.switchboard import Switchboard
+from koinon.nodes.syncer import Syncer
+from koinon.nodes.trainer import LEASE_DOMAIN
+from koinon.nodes.workbench import ClaimState, Item, Job, JobKind, Workbench
+from koinon.run import events as ev
+from koinon.run.events import Member
+from koinon.run.spec import RunSpec
+from koinon.run.state import Phase, RunState, SeatStatus
+from koinon.units import PeerId, RunId
+
+log = logging.getLogger(__name__)
+HEARTBEAT_SECONDS = 1.0
+
+
+class Worker:
+    """One incarnation of a worker. `run` takes a seat, works, and returns when the run has ended or it was unseated."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        board: Switchboard,
+        key: NodeKey,
+        compute: Compute,
+        *,
+        coordinator: PeerId,
+        run: RunId,
+        directory: Path,
+        account: str,
+        addresses: tuple[str, ...],
+        stage: int | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given."""
+        self._transport, self._key, self._compute = transport, key, compute
+        self._coordinator, self._account, self._addresses, self._wanted = coordinator, account, addresses, stage
+        self._follower = RunFollower(transport, board, coordinator, run)
+        self._syncer = Syncer(transport, board, compute, directory, secret)
+        self._engine: Engine | None = None
+        self._bench: Workbench | None = None
+        self._reducer: Reducer | None = None
+        self._work = asyncio.Event()
+        self._claims = asyncio.Event()
+        self._finished: list[m.Finished] = []
+        self._ended = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._telemetry = _Counters()
+        self._state = "joining"
+        self._deposit = {name: board for name in ()}
+        self._board = board
+        self._register(board)
+
+    @property
+    def state(self) -> RunState:
+        return self._follower.state
+
+    def _register(self, board: Switchboard) -> None:
+        limit = self._body_limit
+        board.on(m.Offer, self._on_offer, limit)
+        board.on(m.Forward, self._on_forward, limit)
+        board.on(m.Backward, self._on_backward, limit)
+        board.on(m.Slice, self._on_reduce_message, limit)
+        board.on(m.Updated, self._on_reduce_message, limit)
+        board.on(m.Norms, self._on_reduce_message)
+
+    # --- life
+
+    async def run(self) -> None:
+        """Join, work, leave. Raises KoinonError when it cannot begin."""
+        welcome = await self._join()
+        spec = RunSpec.parse(welcome.spec)
+        self._follower.listen(self._on_event)
+        await self._follower.start(self._addresses)
+        await self._until(lambda state: Member(welcome.member) in state.seats)
+        self._spawn(self._heartbeats(welcome.member))
+        self._state = "syncing"
+        self._engine = await self._syncer.begin(welcome, spec, self._follower)
+        self._bench = Workbench(welcome.member, welcome.stage, spec.model.stages, self._engine.step)
+        self._reducer = Reducer(self, spec)
+        self._telemetry.flops_per_item = item_flops(
+            spec.model, welcome.stage, spec.train.microbatch, spec.model.context
+        ).total.count
+        self._spawn(self._get_ready())
+        self._spawn(self._compute_loop())
+        self._spawn(self._claim_loop())
+        try:
+            await self._ended.wait()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def leave(self, reason: str) -> None:
+        """Say goodbye, then end `run`."""
+        if self._bench is not None:
+            try:
+                await self._transport.request(self._coordinator, m.CTL, m.Leave(self._bench.member, reason))
+            except PeerError as error:
+                log.info("could not say goodbye: %s", error)
+        self._ended.set()
+
+    async def _join(self) -> m.Welcome:
+        stage, have = self._syncer.inventory(self._wanted)
+        message = m.Join(self._account, self._addresses, stage, have)
+        welcome = await insist(self._transport, self._coordinator, m.JOIN, message)
+        assert isinstance(welcome, m.Welcome)
+        return welcome
+
+    async def _get_ready(self) -> None:
+        """Fetch until the coordinator agrees that this member has what the stage has."""
+        assert self._engine and self._bench
+        while True:
+            self._state = "syncing"
+            root = await self._compute.run(lambda: self._syncer.root_of(self._engine))
+            message = m.Ready(self._bench.member, self._engine.step, root)
+            try:
+                await insist(self._transport, self._coordinator, m.CTL, message)
+            except Refused as refusal:
+                log.info("not ready yet: %s", refusal)
+                await asyncio.sleep(0.1)
+                await self._syncer.catch_up(self._engine, self._follower)
+                self._bench.step = self._engine.step
+                continue
+            self._state = "idle"
+            self._work.set()
+            return
+
+    async def _heartbeats(self, member: int) -> None:
+        while True:
+            beat = m.Heartbeat(member, self._telemetry_now())
+            try:
+                await self._transport.request(self._coordinator, m.CTL, beat)
+            except Refused as refusal:
+                log.warning("unseated: %s", refusal)
+                self._ended.set()
+                return
+            except PeerError as error:
+                log.info("the coordinator does not answer: %s", error)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    # --- the log
+
+    def _on_event(self, event: ev.Event, state: RunState) -> None:
+        if self._bench is None or self._reducer is None or self._engine is None:
+            return
+        match event:
+            case ev.Excluded(member=member, step=step) if member == self._bench.member:
+                self._spawn(self._void(step))
+            case ev.Unreachable(member=member) if member == self._bench.member:
+                self._spawn(self._void(self._engine.step))
+            case ev.Returned(member=member) if member == self._bench.member:
+                self._spawn(self._resync())
+            case ev.SeatLeft(member=member) if member == self._bench.member:
+                self._ended.set()
+            case ev.StageStepped(stage=stage) if stage == self._bench.stage:
+                self._spawn(self._step_taken(event))
+            case ev.RunCompleted() | ev.RunStopped() | ev.RunFailed() if not self._serves(state):
+                self._ended.set()
+            case _:
+                pass
+        self._reducer.on_event(event, state)
+        for key in self._bench.retire(state.step):
+            self._engine.forget(key)
+        self._work.set()
+
+    def _serves(self, state: RunState) -> bool:
+        return state.phase in (Phase.COMPLETE, Phase.SERVING)
+
+    async def _void(self, step: int) -> None:
+        """Everything folded at this step is lost: empty the accumulators."""
+        assert self._engine and self._bench
+        await self._compute.run(self._engine.zero)
+        self._bench.void(step)
+        self._work.set()
+
+    async def _step_taken(self, event: ev.StageStepped) -> None:
+        """The log has committed our stage's step: apply it, or fetch it if we were not in it."""
+        assert self._engine and self._bench and self._reducer
+        prepared = self._reducer.prepared(event)
+        if prepared is None:
+            await self._resync()
+            return
+        await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
+        self._bench.step = self._engine.step
+        self._syncer.prune(self._engine.step)
+        self._work.set()
+        self._claims.set()
+
+    async def _resync(self) -> None:
+        assert self._engine and self._bench
+        seat = self.state.seats[Member(self._bench.member)]
+        if seat.status is SeatStatus.SYNCING:
+            await self._void(self._engine.step)
+            await self._get_ready()
+
+    # --- messages
+
+    def _body_limit(self, _peer: PeerId, message: Any) -> int:
+        """What the run spec allows for this kind of body; nothing before we know the spec."""
+        if self._engine is None or self._reducer is None:
+            raise Refused("Still joining: ask again in a moment.")
+        if isinstance(message, m.Slice | m.Updated):
+            return sum(self._engine.sizes.values())
+        return self._reducer.item_limit
+
+    async def _on_offer(self, peer: PeerId, message: m.Offer, body: bytearray) -> Answer:
+        if not self._is_current(message.lease):
+            return Drop(reason="an old step")
+        self._check_lease(message.lease)
+        item = self._take(message.lease, message.ids, memoryview(body))
+        self._route_kept(item)
+        self._poke()
+        return None
+
+    async def _on_forward(self, peer: PeerId, message: m.Forward, body: bytearray) -> Answer:
+        assert self._bench
+        if not self._is_current(message.lease):
+            return Drop(reason="an old step")
+        self._check_lease(message.lease)
+        self._check_neighbour(peer, self._bench.stage - 1)
+        cut = message.nbytes - message.ids.nbytes
+        item = self._take(message.lease, message.ids, memoryview(body)[cut:])
+        if item.entered is not None:
+            return DONE
+        item.entered = bytes(memoryview(body)[:cut])
+        self._poke()
+        return None
+
+    async def _on_backward(self, peer: PeerId, message: m.Backward, body: bytearray) -> Answer:
+        assert self._bench
+        self._check_neighbour(peer, self._bench.stage + 1)
+        item = self._bench.items.get((int(Kind.TRAIN), message.step, message.microbatch))
+        if item is None:
+            return Drop(reason="no such item here (any more)")
+        if item.gradient is not None:
+            return DONE
+        item.gradient = bytes(body)
+        self._poke()
+        return None
+
+    async def _on_reduce_message(self, peer: PeerId, message: Any, body: bytearray) -> Answer:
+        if self._reducer is None:
+            raise Refused("Still joining: ask again in a moment.")
+        return self._reducer.deposit(peer, message, body)
+
+    def _is_current(self, lease: m.Lease) -> bool:
+        if self._bench is None:
+            raise Refused("Still joining: ask again in a moment.")
+        return lease.step >= self.state.step or lease.kind is not Kind.TRAIN
+
+    def _check_lease(self, lease: m.Lease) -> None:
+        assert self._bench
+        if len(lease.route) != self._bench.stages:
+            raise Refused("The lease's route does not have one member per stage.")
+        if not verify(PeerId(self.state.trainer), LEASE_DOMAIN, lease.unsigned(), lease.signature):
+            raise Refused("The lease is not signed by the trainer of this run.")
+
+    def _check_neighbour(self, peer: PeerId, stage: int) -> None:
+        seat = self.state.member_of(peer)
+        if seat is None or seat.stage != stage:
+            raise Refused(f"Only a member of stage {stage} sends that here.")
+
+    def _take(self, lease: m.Lease, ids: m.Ids, body: memoryview) -> Item:
+        assert self._bench
+        item = self._bench.lease(lease)
+        if item.ids is None:
+            if ids.nbytes != len(body):
+                raise Refused("The ids are not as many as the header says.")
+            item.ids = unpacked_ids(ids, body)
+        return item
+
+    def _poke(self) -> None:
+        self._work.set()
+        self._claims.set()
+
+    # --- computing
+
+    async def _compute_loop(self) -> None:
+        assert self._bench and self._engine
+        while True:
+            job = self._bench.next_job()
+            if job is None:
+                self._work.clear()
+                self._state = "idle" if self._state == "working" else self._state
+                await self._work.wait()
+                continue
+            self._state = "working"
+            try:
+                await self._compute.run(lambda job=job: self._do(job))  # type: ignore[misc]
+            except (NumericsError, DiskFull) as error:
+                await self._give_up(error)
+                return
+            self._after(job)
+
+    def _do(self, job: Job) -> None:
+        """In the compute thread."""
+        assert self._engine and self._bench
+        item, engine = job.item, self._engine
+        lease, folds = item.lease, self._bench.folds(item)
+        train = lease.kind is Kind.TRAIN
+        ids = item.ids if lease.kind is Kind.SAMPLE else item.ids[:, :-1]
+        match job.kind:
+            case JobKind.FORWARD:
+                item.left = engine.forward(item.key, lease.step, ids, item.entered, train=train)
+            case JobKind.BACKWARD:
+                assert item.gradient is not None
+                item.returned = engine.backward(item.key, lease.step, ids, item.entered, item.gradient, fold=folds)
+            case JobKind.FINISH:
+                self._finish(item, ids, folds)
+
+    def _finish(self, item: Item, ids: Any, folds: bool) -> None:
+        assert self._engine
+        engine, lease = self._engine, item.lease
+        match lease.kind:
+            case Kind.TRAIN:
+                targets = item.ids[:, 1:]
+                item.value, item.returned = engine.finish(
+                    lease.step, ids, targets, item.entered, lease.step_tokens, fold=folds
+                )
+            case Kind.EVAL:
+                item.value = engine.cost(lease.step, ids, item.ids[:, 1:], item.entered)
+            case Kind.SAMPLE:
+                temperature, seed = lease.sampling or (0.0, 0)
+                item.value = float(engine.sample(lease.step, ids, item.entered, temperature, seed))
+
+    def _after(self, job: Job) -> None:
+        assert self._bench
+        item = job.item
+        if job.kind is JobKind.FORWARD:
+            if item.gradient is not None:
+                self._claims.set()
+        else:
+            item.is_done = True
+            self._telemetry.count(item, job.kind)
+            if self._bench.folds(item) or item.lease.kind is not Kind.TRAIN:
+                lease = item.lease
+                self._finished.append(
+                    m.Finished(lease.kind, lease.step, lease.microbatch, lease.revision, item.value)
+                )
+                self._claims.set()
+        self._route_kept(item)
+
+    def _route_kept(self, item: Item) -> None:
+        """Hand what we computed to whoever holds the neighbouring places on the route now."""
+        assert self._bench
+        stage, route = self._bench.stage, item.lease.route
+        if not self._bench.is_mine(item):
+            return
+        if item.left is not None and item.forward_to != route[stage + 1]:
+            item.forward_to = route[stage + 1]
+            self._spawn(self._send_forward(item, route[stage + 1]))
+        if item.returned is not None and item.backward_to != route[stage - 1]:
+            item.backward_to = route[stage - 1]
+            self._spawn(self._send_backward(item, route[stage - 1]))
+
+    async def _send_forward(self, item: Item, member: int) -> None:
+        assert self._bench and item.left is not None
+        lease = item.lease
+        ids, packed = _packed(item.ids, self._vocab())
+        header = m.Forward(lease, ids, len(item.left) + len(packed))
+        sent = await self._send(item, member, header, item.left + packed, lambda: item.forward_to == member)
+        if sent and lease.kind is not Kind.TRAIN:
+            self._bench.items.pop(item.key, None)
+
+    async def _send_backward(self, item: Item, member: int) -> None:
+        assert item.returned is not None
+        lease = item.lease
+        header = m.Backward(lease.step, lease.microbatch, lease.revision, len(item.returned))
+        await self._send(item, member, header, item.returned, lambda: item.backward_to == member)
+
+    async def _send(self, item: Item, member: int, header: m.Message, body: bytes, wanted: Any) -> bool:
+        """Push until the neighbour has it, or it is no longer the one who needs it. True if it got there."""
+        assert self._bench
+        pause = 0.02
+        while self._bench.items.get(item.key) is item and wanted():
+            seat = self.state.seats.get(Member(member))
+            if seat is not None and seat.status is SeatStatus.LEFT:
+                return False
+            if seat is not None:
+                try:
+                    verdict = await self._transport.push(PeerId(seat.worker), m.WORK, header, body)
+                except PeerError as error:
+                    log.debug("push to member %s: %s", member, error)
+                else:
+                    if isinstance(verdict, Drop):
+                        return False
+                    self._telemetry.sent(header, body, item)
+                    return True
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return False
+
+    def _vocab(self) -> int:
+        assert self._engine
+        return self._engine.config.vocab
+
+    # --- claims
+
+    async def _claim_loop(self) -> None:
+        """One request at a time: what gathers meanwhile goes with the next one."""
+        assert self._bench
+        while True:
+            await self._claims.wait()
+            self._claims.clear()
+            asked = list(self._bench.claimable())
+            finished, self._finished = self._finished, []
+            if not asked and not finished:
+                continue
+            for item in asked:
+                item.claim = ClaimState.ASKED
+            claims = tuple(m.Claim(i.lease.step, i.lease.microbatch, i.lease.revision) for i in asked)
+            try:
+                message = m.Claims(claims, tuple(finished))
+                granted = await insist(self._transport, PeerId(self.state.trainer), m.CTL, message)
+            except Refused as refusal:
+                log.info("claims refused: %s", refusal)
+                granted = m.Granted(())
+            assert isinstance(granted, m.Granted)
+            for index, item in enumerate(asked):
+                if item.claim is ClaimState.ASKED:
+                    item.claim = ClaimState.GRANTED if index in granted.granted else ClaimState.REFUSED
+            self._work.set()
+
+    # --- plumbing
+
+    async def _give_up(self, error: KoinonError) -> None:
+        """Something that no retry can mend: the coordinator ends the run, whole and resumable."""
+        assert self._bench
+        log.error("%s", error)
+        message = m.Broken(self._bench.member, f"Stage {self._bench.stage}: {error}")
+        await insist(self._transport, self._coordinator, m.CTL, message)
+
+    async def _until(self, holds: Any) -> None:
+        while not holds(self.state):
+            await asyncio.sleep(0.01)
+
+    def _telemetry_now(self) -> m.Telemetry:
+        queued = sum(1 for _ in self._bench.jobs()) if self._bench else 0
+        recomputed = self._engine.recomputed_items if self._engine else 0
+        return self._telemetry.as_message(self._state, self._compute.busy_seconds, queued, recomputed)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._observe)
+
+    def _observe(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of this worker broke", exc_info=error)
+            self._ended.set()
+
+
+class _Counters:
+    """What a worker tells about itself."""
+
+    def __init__(self) -> None:
+        self.items = self.tokens = self.boundary_bytes = self.boundary_tokens = self.flops_per_item = 0
+
+    def count(self, item: Item, kind: JobKind) -> None:
+        if item.lease.kind is Kind.TRAIN:
+            self.items += 1
+            self.tokens += item.ids.shape[0] * (item.ids.shape[1] - 1)
+
+    def sent(self, header: m.Message, body: bytes, item: Item) -> None:
+        import msgspec
+
+        if item.lease.kind is Kind.TRAIN:
+            self.boundary_bytes += 4 + len(msgspec.msgpack.encode(header)) + len(body)
+            self.boundary_tokens += item.ids.shape[0] * (item.ids.shape[1] - 1)
+
+    def as_message(self, state: str, busy: float, queued: int, recomputed: int) -> m.Telemetry:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        return m.Telemetry(
+            state=state,
+            tokens=self.tokens,
+            busy=busy,
+            seconds_per_item=busy / self.items if self.items else 0.0,
+            queued=queued,
+            boundary_bytes=self.boundary_bytes,
+            boundary_tokens=self.boundary_tokens,
+            flops=self.items * self.flops_per_item,
+            recomputed_flops=recomputed * self.flops_per_item // 3,
+            memory_mib=memory,
+        )
+
+
+def _packed(ids: Any, vocab: int) -> tuple[m.Ids, bytes]:
+    from koinon.nodes.flight import packed_ids
+
+    return packed_ids(ids, vocab)

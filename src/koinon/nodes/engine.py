@@ -298,6 +298,19 @@ class Engine:
         self.step = prepared.step
         self.zero()
 
+    def adopt(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Take another member's weights of a later step; optimizer state of an earlier one is worth nothing then."""
+        self._previous = {}
+        self.stage.load(weights)
+        self.momentum = {}
+        self.step = step
+        self.zero()
+
+    def current(self) -> Prepared:
+        """The state as it stands, in the form of a snapshot."""
+        weights = self.weights()
+        return Prepared(self.step, weights, dict(self.momentum), root(weights))
+
     def weights(self) -> dict[str, Tensor]:
         return {name: self.stage.trained()[name].detach() for name in self.names}
 

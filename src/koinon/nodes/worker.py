@@ -71,8 +71,6 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = _Counters()
         self._state = "joining"
-        self._deposit = {name: board for name in ()}
-        self._board = board
         self._register(board)
 
     @property
@@ -101,7 +99,18 @@ class Worker:
         self._state = "syncing"
         self._engine = await self._syncer.begin(welcome, spec, self._follower)
         self._bench = Workbench(welcome.member, welcome.stage, spec.model.stages, self._engine.step)
-        self._reducer = Reducer(self, spec)
+        self._reducer = Reducer(
+            spec,
+            self._engine,
+            Member(welcome.member),
+            welcome.stage,
+            self._transport,
+            self._compute,
+            self._syncer,
+            self._coordinator,
+            lambda: self.state,
+            self._give_up,
+        )
         self._telemetry.flops_per_item = item_flops(
             spec.model, welcome.stage, spec.train.microbatch, spec.model.context
         ).total.count
@@ -111,7 +120,8 @@ class Worker:
         try:
             await self._ended.wait()
         finally:
-            for task in self._tasks:
+            self._reducer.close()
+            for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 

@@ -1,0 +1,335 @@
+"""A member's part in a reduce: slices to owners and seconds, one sum, one update, the same bytes for all.
+
+    every member        sends its gradient of each tensor to the tensor's owner and second
+    owner and second    sum the slices in member order, and exchange the sums of squares for the stage's clip
+    owner               runs the optimizer and sends the *updated bytes* to all; the second compares them with its own
+    every member        holds all tensors, writes them down durably, and says so; applies them when the log commits
+
+So replicas are equal by construction, whatever hardware they run on, and nobody applies early. Any trouble ends in a
+complaint; the coordinator decides who stays and opens the next attempt. Knows nothing of items.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from koinon.errors import DiskFull, FrameMalformed, KoinonError, PeerError, Refused
+from koinon.model.codec import nbytes
+from koinon.net.transport import Answer, Drop, Transport
+from koinon.nodes import messages as m
+from koinon.nodes.compute import Compute
+from koinon.nodes.engine import SECOND_TOLERANCE, Engine, Prepared, largest_difference, squares
+from koinon.nodes.follower import insist
+from koinon.nodes.syncer import Syncer
+from koinon.optim.ownership import owners
+from koinon.run import events as ev
+from koinon.run.events import Member
+from koinon.run.items import unpack
+from koinon.run.policies.deadlines import History, deadline, observe
+from koinon.run.spec import RunSpec
+from koinon.run.state import OpenReduce, RunState, SeatStatus
+from koinon.units import PeerId, Seconds
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+PATIENCE_FLOOR = Seconds(3.0)
+_Slot = tuple[int, int, type[m.Message], Member]
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Who sums what in one attempt: the same on every member, because it follows from the members alone."""
+
+    owned: dict[Member, tuple[str, ...]]
+    summed: dict[Member, tuple[str, ...]]
+    """Owned or seconded, in name order."""
+
+    @classmethod
+    def among(cls, sizes: dict[str, int], members: Iterable[Member]) -> Shares:
+        members = tuple(members)
+        names = {str(member): member for member in members}
+        owned: dict[Member, list[str]] = {member: [] for member in members}
+        summed: dict[Member, list[str]] = {member: [] for member in members}
+        for tensor, (owner, second) in sorted(owners(sizes, list(names)).items()):
+            owned[names[owner]].append(tensor)
+            for one in {owner, second} - {None}:
+                summed[names[str(one)]].append(tensor)
+        return cls({k: tuple(v) for k, v in owned.items()}, {k: tuple(v) for k, v in summed.items()})
+
+
+class Reducer:
+    """Runs at most one attempt at a time, as the log says."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        engine: Engine,
+        member: Member,
+        stage: int,
+        transport: Transport,
+        compute: Compute,
+        syncer: Syncer,
+        coordinator: PeerId,
+        state: Callable[[], RunState],
+        give_up: Callable[[KoinonError], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._spec, self._engine, self._member, self._stage = spec, engine, member, stage
+        self._transport, self._compute, self._syncer, self._coordinator = transport, compute, syncer, coordinator
+        self._state, self._give_up = state, give_up
+        self._inbox: dict[_Slot, asyncio.Future[Any]] = {}
+        self._running: tuple[int, int] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._prepared: dict[tuple[int, int], Prepared] = {}
+        self._waits = History()
+        tokens = spec.train.microbatch * spec.model.context
+        self.item_limit = nbytes(spec.model.codec, tokens, spec.model.boundary_width) + 4 * (
+            tokens + spec.train.microbatch
+        )
+        """Bytes of the largest body that an item's message may have."""
+
+    def close(self) -> None:
+        self._stop()
+
+    def on_event(self, _event: ev.Event, state: RunState) -> None:
+        """Follow the log: start the attempt that is open, stop one that is not."""
+        reduce = state.stages[self._stage].reduce
+        wanted = None if reduce is None else (reduce.step, reduce.attempt)
+        if wanted == self._running:
+            return
+        self._stop()
+        self._running = wanted
+        if reduce is not None and self._member in reduce.members:
+            self._forget_before(reduce.step, reduce.attempt)
+            self._task = asyncio.create_task(self._take_part(reduce), name=f"reduce {wanted}")
+
+    def prepared(self, event: ev.StageStepped) -> Prepared | None:
+        """What this member holds of a committed attempt; None if it was not part of it."""
+        held = self._prepared.get((event.step, event.attempt))
+        self._prepared.clear()
+        return held if held is not None and held.root == event.root else None
+
+    def deposit(self, peer: PeerId, message: m.Slice | m.Updated | m.Norms, body: bytearray) -> Answer:
+        """A member's piece. It may come before we have read that the attempt is open."""
+        seat = self._state().member_of(peer)
+        if seat is None or seat.stage != self._stage or message.stage != self._stage:
+            raise Refused("Only members of the same stage reduce with each other.")
+        if not self._engine.step <= message.step <= self._engine.step + 1:
+            return Drop(reason="an old step")
+        content: Any = message.squares if isinstance(message, m.Norms) else body
+        slot = self._slot(message.step, message.attempt, type(message), seat.member)
+        if not slot.done():
+            slot.set_result(content)
+        return m.Ack() if isinstance(message, m.Norms) else None
+
+    # --- one attempt
+
+    async def _take_part(self, reduce: OpenReduce) -> None:
+        try:
+            await self._reduce(reduce)
+        except DiskFull as error:
+            await self._give_up(error)
+        except (PeerError, FrameMalformed) as error:
+            log.warning("reduce of step %s, attempt %s: %s", reduce.step, reduce.attempt, error)
+
+    async def _reduce(self, reduce: OpenReduce) -> None:
+        while self._engine.step < reduce.step:  # the step before is still being applied
+            await asyncio.sleep(0.005)
+        engine, me = self._engine, self._member
+        shares = Shares.among(engine.sizes, reduce.members)
+        contributors = [mem for mem, bitmap in zip(reduce.members, reduce.sets, strict=True) if bitmap]
+        async with asyncio.TaskGroup() as pushes:
+            if me in contributors:
+                await self._send_slices(reduce, shares, pushes)
+            summed = await self._sum(reduce, shares, contributors)
+            lost = await self._ensure_momentum(reduce, shares.summed[me])
+            norm = await self._norm(reduce, shares, summed, pushes)
+            tokens = sum(len(unpack(b)) for b in reduce.sets) * self._item_tokens
+            penalised = await self._compute.run(engine.penalised_squares)
+            weights, states = await self._compute.run(lambda: engine.update(summed, norm, tokens))
+            mine = await self._compute.run(lambda: engine.sent(shares.owned[me], weights))
+            for other in reduce.members:
+                if other != me and shares.owned[me]:
+                    header = m.Updated(self._stage, reduce.step, reduce.attempt, len(mine))
+                    pushes.create_task(self._push(reduce, other, header, mine))
+            whole = await self._gather(reduce, shares, weights)
+            await self._check_as_second(reduce, shares, weights, whole)
+            held = await self._compute.run(lambda: self._hold(reduce, whole, states))
+        message = m.Held(
+            me, self._stage, reduce.step, reduce.attempt, held.root, norm, penalised, tuple(lost)
+        )  # fmt: skip
+        await insist(self._transport, self._coordinator, m.CTL, message)
+
+    async def _send_slices(self, reduce: OpenReduce, shares: Shares, pushes: asyncio.TaskGroup) -> None:
+        for other in reduce.members:
+            names = shares.summed[other]
+            if other == self._member or not names:
+                continue
+            body = await self._compute.run(lambda names=names: self._engine.gradients(names))  # type: ignore[misc]
+            header = m.Slice(self._stage, reduce.step, reduce.attempt, len(body))
+            pushes.create_task(self._push(reduce, other, header, body))
+
+    async def _sum(self, reduce: OpenReduce, shares: Shares, contributors: list[Member]) -> dict[str, Tensor]:
+        names, slices = shares.summed[self._member], []
+        for member in contributors:
+            if member == self._member:
+                slices.append(await self._compute.run(lambda: self._engine.gradients(names)))
+            elif names:
+                slices.append(bytes(await self._awaited(reduce, m.Slice, member)))
+        if not names:
+            return {}
+        folded = sum(len(unpack(bitmap)) for bitmap in reduce.sets)
+        scale = self._state().microbatches / folded if folded else 0.0
+        try:
+            return await self._compute.run(lambda: _scaled(self._engine.summed(names, slices), scale))
+        except FrameMalformed as error:
+            culprit = contributors[int(str(error).split()[1])]
+            await self._complain(reduce, culprit, str(error))
+            raise
+
+    async def _norm(
+        self, reduce: OpenReduce, shares: Shares, summed: dict[str, Tensor], pushes: asyncio.TaskGroup
+    ) -> float:
+        """L2 norm of the stage's whole gradient, from every owner's tensors."""
+        me = self._member
+        mine = squares({name: summed[name] for name in shares.owned[me]})
+        for other in reduce.members:
+            if other != me and mine:
+                header = m.Norms(self._stage, reduce.step, reduce.attempt, mine)
+                pushes.create_task(self._ask(reduce, other, header))
+        by_name = dict(zip(shares.owned[me], mine, strict=True))
+        for other in reduce.members:
+            if other != me and shares.owned[other]:
+                theirs = await self._awaited(reduce, m.Norms, other)
+                if len(theirs) != len(shares.owned[other]) or not all(math.isfinite(s) and s >= 0 for s in theirs):
+                    await self._complain(reduce, other, "sent norms that are none")
+                    raise FrameMalformed("norms that are none")
+                by_name |= dict(zip(shares.owned[other], theirs, strict=True))
+        return math.sqrt(math.fsum(by_name.values()))
+
+    async def _gather(self, reduce: OpenReduce, shares: Shares, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor of the stage as its owner computed it."""
+        whole = {name: mine[name] for name in shares.owned[self._member]}
+        for other in reduce.members:
+            names = shares.owned[other]
+            if other == self._member or not names:
+                continue
+            body = await self._awaited(reduce, m.Updated, other)
+            try:
+                whole |= self._engine.received(names, body)
+            except FrameMalformed as error:
+                await self._complain(reduce, other, str(error))
+                raise
+        return whole
+
+    async def _check_as_second(
+        self, reduce: OpenReduce, shares: Shares, mine: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> None:
+        for other in reduce.members:
+            seconded = {n: mine[n] for n in shares.owned[other] if n in mine}
+            if other == self._member or not seconded:
+                continue
+            tensor, error = largest_difference(seconded, whole)
+            if error > SECOND_TOLERANCE:
+                await self._complain(reduce, other, "another update from the same slices", tensor, error)
+                raise FrameMalformed(f"member {other} updated {tensor} differently")
+
+    def _hold(self, reduce: OpenReduce, weights: dict[str, Tensor], momentum: dict[str, Any]) -> Prepared:
+        """Write the outcome down before anyone may rely on it."""
+        prepared = self._engine.prepare(weights, momentum)
+        self._syncer.save(self._engine, prepared)
+        self._prepared[reduce.step, reduce.attempt] = prepared
+        return prepared
+
+    async def _ensure_momentum(self, reduce: OpenReduce, names: tuple[str, ...]) -> list[str]:
+        """Fetch optimizer state that we are to use for the first time; returns what nobody has any more."""
+        state, missing = self._state(), [n for n in names if n not in self._engine.momentum]
+        if not missing or not (holders := state.stages[self._stage].holders()) or reduce.step == 0:
+            return []
+        before = Shares.among(self._engine.sizes, holders)
+        for holder in holders:
+            wanted = [n for n in missing if n in before.summed[holder]]
+            seat = state.seats.get(holder)
+            if not wanted or seat is None or holder == self._member or seat.status is SeatStatus.LEFT:
+                continue
+            with contextlib.suppress(PeerError):
+                self._engine.momentum |= await self._syncer.momentum(
+                    PeerId(seat.worker), self._stage, reduce.step, wanted
+                )
+            missing = [n for n in missing if n not in self._engine.momentum]
+        if missing:
+            log.warning("nobody has the optimizer state of %s any more: it starts from zero", ", ".join(missing))
+        return missing
+
+    # --- plumbing
+
+    @property
+    def _item_tokens(self) -> int:
+        return self._spec.train.microbatch * self._spec.model.context
+
+    def _slot(self, step: int, attempt: int, kind: type[m.Message], member: Member) -> asyncio.Future[Any]:
+        key = (step, attempt, kind, member)
+        if key not in self._inbox:
+            self._inbox[key] = asyncio.get_running_loop().create_future()
+        return self._inbox[key]
+
+    async def _awaited(self, reduce: OpenReduce, kind: type[m.Message], member: Member) -> Any:
+        """A member's piece. Once it is late we say so, and go on waiting: the coordinator decides."""
+        slot = self._slot(reduce.step, reduce.attempt, kind, member)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            content = await asyncio.wait_for(asyncio.shield(slot), deadline(self._waits, floor=PATIENCE_FLOOR).value)
+        except TimeoutError:
+            await self._complain(reduce, member, f"sent no {kind.__name__}")
+            content = await slot
+        self._waits = observe(self._waits, Seconds(loop.time() - began))
+        return content
+
+    async def _push(self, reduce: OpenReduce, member: Member, header: m.Message, body: bytes) -> None:
+        await self._repeat(lambda peer: self._transport.push(peer, m.WORK, header, body), member)
+
+    async def _ask(self, reduce: OpenReduce, member: Member, header: m.Message) -> None:
+        await self._repeat(lambda peer: self._transport.request(peer, m.CTL, header), member)
+
+    async def _repeat(self, call: Callable[[PeerId], Coroutine[Any, Any, Any]], member: Member) -> None:
+        """Until the member has it. An attempt that the log ends takes this with it."""
+        pause = 0.05
+        while True:
+            try:
+                await call(PeerId(self._state().seats[member].worker))
+            except PeerError:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 1.0)
+            else:
+                return
+
+    async def _complain(
+        self, reduce: OpenReduce, about: Member, reason: str, tensor: str = "", error: float = 0.0
+    ) -> None:
+        message = m.Complain(
+            self._member, self._stage, reduce.step, reduce.attempt, about, reason, tensor, error
+        )  # fmt: skip
+        with contextlib.suppress(PeerError):
+            await self._transport.request(self._coordinator, m.CTL, message)
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        self._task = None
+
+    def _forget_before(self, step: int, attempt: int) -> None:
+        for key in [key for key in self._inbox if key[:2] < (step, attempt)]:
+            del self._inbox[key]
+
+
+def _scaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A stage that went without dropped items divides by the tokens it really folded."""
+    return tensors if scale == 1.0 else {name: tensor * scale for name, tensor in tensors.items()}

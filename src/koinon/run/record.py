@@ -18,7 +18,7 @@ from typing import Annotated, Protocol, TypeAlias
 
 import msgspec
 
-from koinon.errors import ChainBroken, LogGap, SignatureInvalid, TermPassed, TwoHeads
+from koinon.errors import ChainBroken, FrameMalformed, LogGap, SignatureInvalid, TermPassed, TwoHeads
 from koinon.net.identity import verify
 from koinon.units import PeerId, RunId
 
@@ -51,6 +51,10 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """The event's own msgpack encoding, never re-encoded: the hash is over these bytes."""
     signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 
+    def encode(self) -> bytes:
+        """The bytes that lie in the file and travel to followers. Inverse: `decode_record`."""
+        return _encoder.encode(self)
+
     @property
     def hash(self) -> bytes:
         return _digest(self.prev, self.seq, self.term, self.event)
@@ -80,6 +84,18 @@ class Equivocation:
     issuer: PeerId
     first: Record
     second: Record
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+def decode_record(data: bytes | memoryview) -> Record:
+    """The record of these bytes, from a disk or a peer; nothing about it is trusted yet. Raises FrameMalformed."""
+    try:
+        return _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise FrameMalformed(f"{len(data)} bytes are not a run log record: {error}.") from error
 
 
 def genesis(run: RunId) -> Head:

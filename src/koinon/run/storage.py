@@ -14,9 +14,8 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-import msgspec
-
-from koinon.run.record import Record
+from koinon.errors import FrameMalformed
+from koinon.run.record import Record, decode_record
 
 MAGIC = b"koinlog1"
 MAX_EVENT = 4 * 1024**2
@@ -25,9 +24,6 @@ _MAX_RECORD = MAX_EVENT + 1024
 _PREFIX = struct.Struct(">II")
 _READ_AHEAD = 4096
 _ARRAY_OF_FIVE = b"\x95"
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ class Fault:
 
 
 def pack_frame(record: Record) -> bytes:
-    body = _encoder.encode(record)
+    body = record.encode()
     return _PREFIX.pack(len(body), zlib.crc32(body)) + body
 
 
@@ -90,6 +86,6 @@ def _record_of(body: bytes, length: int, crc: int) -> Record | None:
     if len(body) != length or zlib.crc32(body) != crc:
         return None
     try:
-        return _decoder.decode(body)
-    except msgspec.DecodeError:
+        return decode_record(body)
+    except FrameMalformed:
         return None

@@ -168,8 +168,8 @@ def apply(state: RunState, event: Event) -> RunState:
             return _opened(state, event)
         case ev.Seated():
             return _seated(state, event)
-        case ev.SeatReady(member=member, step=step):
-            return _set_seat(state, member, status=SeatStatus.READY, step=step)
+        case ev.SeatReady():
+            return _ready(state, event)
         case ev.SeatMoved(member=member, addresses=addresses):
             return _set_seat(state, member, addresses=addresses)
         case ev.Unreachable(member=member):
@@ -243,6 +243,18 @@ def _seated(state: RunState, event: ev.Seated) -> RunState:
         state, seats={**state.seats, event.member: seat}, next_member=max(state.next_member, event.member + 1)
     )
     return _count(state, joins=1)
+
+
+def _ready(state: RunState, event: ev.SeatReady) -> RunState:
+    seat = state.seats.get(event.member)
+    stage = None if seat is None else _stage_at(state, seat.stage, event.step)
+    if seat is None or stage is None:
+        return state  # it fetched a version that the stage has left meanwhile
+    state = _set_seat(state, event.member, status=SeatStatus.READY, step=event.step)
+    if stage.root_at(event.step) is None:  # the founding replica's root is everyone's
+        stage = replace(stage, versions=(*stage.versions, Version(event.step, event.root, (event.member,))))
+        state = _set_stage(state, stage)
+    return state
 
 
 def _set_seat(

@@ -1,0 +1,69 @@
+"""Tensors on disk, and the one hash that says two replicas are equal. safetensors files; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
+
+from koinon.errors import DiskFull, SnapshotCorrupt
+
+
+def root(weights: Mapping[str, Tensor]) -> str:
+    """Hex sha-256 over names, dtypes, shapes and bytes, in the order of the names. Device and strides do not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file that is either wholly there or not at all: a neighbour is written, flushed, renamed over `path`.
+
+    Raises DiskFull, after which what was at `path` before is intact.
+    """
+    data = serialised({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata))
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        _write_through(draft, data)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise DiskFull(f"No room to write {path} ({len(data):,} bytes): free some, then go on.") from error
+        raise
+    _flush_folder(path.parent)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file that `save` wrote. Raises SnapshotCorrupt if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise SnapshotCorrupt(f"{path} is damaged ({error}): fetch it again from another replica.") from error
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -118,6 +118,10 @@ class Exchange(ABC):
     async def _converse(self, call: Call, timer: Timer) -> Reply:
         """Bring the frame there and the reply back. Raises PeerErrors; is cancelled when the deadline passes."""
 
+    @abstractmethod
+    def _suspect(self, peer: PeerId, alpn: str) -> None:
+        """Nothing was heard in the time of a whole deadline: dial anew next time, the peer may have been replaced."""
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run in the background, until done or `close`. A defect in it is told in the log."""
         task = asyncio.ensure_future(work)
@@ -151,8 +155,7 @@ class Exchange(ABC):
                 timer = Timer(timeout, self.deadlines, call, fixed=deadline is not None)
                 reply = await (self._locally(call) if call.peer == self.me else self._converse(call, timer))
         except TimeoutError:
-            if deadline is None:
-                self.deadlines.missed(call.edge, len(call.body))
+            self._missed(call, started, adaptive=deadline is None)
             waited = Seconds(clock() - started)
             kind = type(call.header).__name__
             raise DeadlinePassed(
@@ -164,6 +167,12 @@ class Exchange(ABC):
             self.deadlines.observe(call.edge, len(call.body), clock() - started)
         return reply
 
+    def _missed(self, call: Call, since: float, *, adaptive: bool) -> None:
+        if adaptive:
+            self.deadlines.missed(call.edge, len(call.body))
+        if self._edges.count(call.peer, call.service.alpn).heard <= since:
+            self._suspect(call.peer, call.service.alpn)
+
     async def _locally(self, call: Call) -> Reply:
         """To oneself: the same desk and the same encoding, without a carrier."""
 
@@ -172,8 +181,8 @@ class Exchange(ABC):
 
         wire = self._replies[call.service.alpn]
         head, body = await desk.answer(self.me, call.service, wire, call.header, receive)
-        reader = FrameReader(wire)
+        reader = FrameReader()
         reader.feed(head)
-        header = reader.header()
+        header = reader.header(wire)
         assert header is not None
         return Reply(header, bytearray(body))

@@ -146,13 +146,12 @@ def flat(body: object) -> memoryview:
 class FrameReader:
     """An incremental reader of frames.
 
-    `feed` bytes in; `header()` gives the next header once it is whole; `expect(n)` then says that n body bytes follow
+    `feed` bytes in; `header(wire)` gives the next header once it is whole; `expect(n)` then says that n body bytes follow
     (the caller has decided that they may), and `body()` gives them once whole. `wanted` is how many bytes are missing
     until there is something to take. Holds at most what was fed plus the one body that was expected.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
+    def __init__(self) -> None:
         self._buffer = bytearray()
         self._body: bytearray | None = None
         self._room = memoryview(b"")
@@ -180,8 +179,8 @@ class FrameReader:
             data = view[taken:]
         self._buffer += data
 
-    def header(self) -> msgspec.Struct | None:
-        """The next header, or None while it is incomplete. Raises FrameMalformed, FrameTooLarge."""
+    def header(self, wire: Wire) -> msgspec.Struct | None:
+        """The next header, one of that wire's, or None while it is incomplete. Raises FrameMalformed, FrameTooLarge."""
         if len(self._buffer) < _LENGTH.size:
             return None
         end = _LENGTH.size + self._header_length()
@@ -189,7 +188,7 @@ class FrameReader:
             return None
         encoded = bytes(memoryview(self._buffer)[_LENGTH.size : end])
         del self._buffer[:end]
-        return self.wire.decode_header(encoded)
+        return wire.decode_header(encoded)
 
     def expect(self, nbytes: int) -> None:
         """The next `nbytes` bytes are a body. The caller has checked that so many may be kept in memory."""

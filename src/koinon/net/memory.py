@@ -103,9 +103,6 @@ class MemoryTransport(Exchange):
             eager = bytes(call.body) if len(call.body) <= EAGER else b""
             self._post(call.peer, connection, call.service.alpn, number, Part.ASK, call.head + eager)
             return await self._await_reply(call, connection, number, asked)
-        except asyncio.CancelledError:
-            self._connections.pop((call.peer, call.service.alpn), None)  # it may be dead: dial anew next time
-            raise
         finally:
             del self._asked[number]
 
@@ -122,6 +119,9 @@ class MemoryTransport(Exchange):
                 parcel = VERBS.head(Inline()) + bytes(call.body)
                 self._post(call.peer, connection, call.service.alpn, number, Part.BODY, parcel)
                 sent = True
+
+    def _suspect(self, peer: PeerId, alpn: str) -> None:
+        self._connections.pop((peer, alpn), None)
 
     async def _connect(self, peer: PeerId, alpn: str) -> str:
         """The name of a standing connection; concurrent callers share one dial."""
@@ -257,9 +257,9 @@ class MemoryTransport(Exchange):
 
 def _parse(wire: Wire, data: bytes) -> tuple[msgspec.Struct, FrameReader]:
     """The header of a letter, and the reader that holds the rest. Raises FrameError."""
-    reader = FrameReader(wire)
+    reader = FrameReader()
     reader.feed(data)
-    header = reader.header()
+    header = reader.header(wire)
     if header is None:
         raise FrameMalformed(f"a frame of {len(data)} bytes ends inside its header")
     return header, reader

@@ -1,0 +1,158 @@
+"""One iroh connection: to one peer, under one ALPN, with its hello done, and a pool of pipes.
+
+Either side may open pipes on it, so a node behind a NAT can be asked over the connection that it dialled.
+Knows nothing of services, requests or other connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from iroh import IrohError
+
+from koinon.errors import PeerError, ProtocolMismatch, Refused
+from koinon.net.edges import Count
+from koinon.net.frames import Wire
+from koinon.net.iroh_pipe import ConnectionLost, Pipe
+from koinon.net.transport import Hello, common_protocol
+from koinon.units import PeerId
+
+HELLO: Final = Wire(Hello)
+MAX_PIPES: Final = 64
+"""Streams that a peer may have open on one connection: each may hold a header and a small body in memory. The asking
+side stays two below, since the library would let it wait for a stream that is never closed."""
+GOODBYE, REFUSED, PROTOCOL = 0, 2, 3
+"""Close codes. The reason that goes with them is a sentence for the other side's operator."""
+_CLOSE_ERRORS: Final = {REFUSED: Refused, PROTOCOL: ProtocolMismatch}
+_MAX_REASON: Final = 1000
+_CLOSED = re.compile(r"closed by peer: (?P<reason>.*) \(code (?P<code>\d+)\)$", re.DOTALL)
+
+
+class Channel:
+    """A standing connection."""
+
+    def __init__(self, connection: Any, peer: PeerId, alpn: str, count: Count) -> None:
+        self.peer, self.alpn = peer, alpn
+        self.boot = ""
+        self.retired = False
+        self._connection, self._count = connection, count
+        self._idle: list[Pipe] = []
+        self._busy = 0
+        self._room = asyncio.Semaphore(MAX_PIPES - 2)
+        connection.set_max_concurrent_bi_streams(MAX_PIPES)
+
+    # --- hello
+
+    async def introduce(self, mine: Hello, gate: Callable[[PeerId, Hello], None]) -> None:
+        """The dialler's hello. Raises what the peer refused us for, or what we refuse it for."""
+        pipe = await self._open()
+        try:
+            await pipe.write(HELLO.head(mine))
+            theirs = await pipe.header(HELLO)
+        except ConnectionLost as error:
+            raise self._refusal() or error from None
+        self._judge(mine, theirs, gate)
+        self._idle.append(pipe)
+
+    async def welcome(self, mine: Hello, gate: Callable[[PeerId, Hello], None]) -> Pipe:
+        """The other side's hello. The pipe on which it came goes on to carry requests."""
+        pipe = await self.accept()
+        self._judge(mine, await pipe.header(HELLO), gate)
+        await pipe.write(HELLO.head(mine))
+        return pipe
+
+    def _judge(self, mine: Hello, theirs: object, gate: Callable[[PeerId, Hello], None]) -> None:
+        try:
+            if not isinstance(theirs, Hello):
+                raise Refused("refused: a connection begins with a hello")
+            common_protocol(mine.protocol, theirs.protocol)
+            gate(self.peer, theirs)
+        except PeerError as error:
+            self.close(PROTOCOL if isinstance(error, ProtocolMismatch) else REFUSED, str(error))
+            raise
+        self.boot = theirs.boot
+
+    def _refusal(self) -> PeerError | None:
+        """Why the peer closed, if it said so."""
+        closed = _CLOSED.search(self._connection.close_reason() or "")
+        kind = _CLOSE_ERRORS.get(int(closed["code"])) if closed else None
+        return kind(closed["reason"]) if closed and kind else None
+
+    # --- pipes
+
+    async def take(self) -> Pipe:
+        """A pipe for one exchange: give it back with `give`, or `discard` it."""
+        await self._room.acquire()
+        self._busy += 1
+        try:
+            return self._idle.pop() if self._idle else await self._open()
+        except BaseException:
+            self._release()
+            raise
+
+    def give(self, pipe: Pipe) -> None:
+        """The exchange ended well; the pipe can carry another."""
+        self._idle.append(pipe)
+        self._release()
+
+    async def discard(self, pipe: Pipe) -> None:
+        """The exchange did not end well."""
+        self._release()
+        await pipe.abandon()
+
+    async def accept(self) -> Pipe:
+        """The next pipe that the peer opens. Raises ConnectionLost when the connection ends."""
+        try:
+            return self._pipe(await self._connection.accept_bi())
+        except IrohError as error:
+            raise self._lost(error) from error
+
+    def retire(self) -> None:
+        """Use it for nothing new, and close it when the last exchange on it is over."""
+        self.retired = True
+        if not self._busy:
+            self.close(GOODBYE, "not needed any more")
+
+    def close(self, code: int, reason: str) -> None:
+        """At once: what is under way on it fails on both sides."""
+        self.retired = True
+        self._connection.close(code, reason.encode()[:_MAX_REASON])
+
+    @property
+    def connection(self) -> Any:
+        """For measurements: rtt, paths, packet counts."""
+        return self._connection
+
+    async def _open(self) -> Pipe:
+        try:
+            return self._pipe(await self._connection.open_bi())
+        except IrohError as error:
+            lost = self._lost(error)
+            lost.sent = False
+            raise lost from error
+
+    def _pipe(self, stream: Any) -> Pipe:
+        return Pipe(stream, self.peer, self._count, self._lost)
+
+    def _release(self) -> None:
+        self._room.release()
+        self._busy -= 1
+        if self.retired and not self._busy:
+            self.close(GOODBYE, "not needed any more")
+
+    def _lost(self, error: IrohError) -> ConnectionLost:
+        why = self._connection.close_reason() or _last_line(error)
+        return ConnectionLost(self.peer, {self.alpn: why})
+
+
+def _last_line(error: IrohError) -> str:
+    """The library's errors are chains; the last line is the cause."""
+    return str(error.message()).strip().splitlines()[-1].strip()
+
+
+def why(error: IrohError) -> str:
+    """A library error in one line. `str` of it is empty."""
+    return f"{error.kind().name.lower()}: {_last_line(error)}"

@@ -1,0 +1,223 @@
+"""The connections of one node: dialled, accepted, shared by concurrent callers, replaced when a peer was restarted.
+
+Every await of the library stands under a deadline. Knows nothing of services or frames: it hands each pipe that a peer
+opens to `serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import iroh
+
+from koinon.errors import PeerError, PeerUnreachable, PortInUse, Refused, TransportUnusable
+from koinon.net import iroh_buffers
+from koinon.net.deadlines import CONNECT
+from koinon.net.edges import Edges
+from koinon.net.iroh_channel import GOODBYE, REFUSED, Channel, why
+from koinon.net.iroh_pipe import ConnectionLost, Pipe
+from koinon.net.transport import Gate, Hello
+from koinon.units import PeerId, Seconds
+
+log = logging.getLogger("koinon.net")
+
+MAX_HANDSHAKES: Final = 256
+"""Strangers that may be shaking hands at once. Node keys are free, so the rest is refused unseen."""
+MAX_CHANNELS: Final = 64
+"""Connections that one peer may hold to this node."""
+_CLOSING: Final = Seconds(3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What connections ask of the transport that they belong to."""
+
+    hello: Callable[[], Hello]
+    gate: Gate
+    addresses: Callable[[PeerId], tuple[str, ...]]
+    serve: Callable[[Channel, Pipe], Awaitable[None]]
+    spawn: Callable[[Coroutine[Any, Any, None]], None]
+
+
+class Connections:
+    """Standing connections by peer and ALPN."""
+
+    def __init__(self, host: Host, edges: Edges) -> None:
+        self._host, self._edges = host, edges
+        self._endpoint: Any = None
+        self._channels: dict[tuple[PeerId, str], list[Channel]] = {}
+        self._dials: dict[tuple[PeerId, str], asyncio.Task[Channel]] = {}
+        self._handshakes = 0
+
+    async def listen(self, secret: bytes, bind: str, alpns: Sequence[str]) -> tuple[str, ...]:
+        """Bind and accept; returns the addresses. Raises PortInUse, TransportUnusable."""
+        iroh_buffers.make_usable()
+        options = iroh.EndpointOptions(
+            preset=iroh.preset_minimal(),  # the default preset publishes to public name servers
+            relay_mode=iroh.RelayMode.disabled(),
+            bind_addr=bind,
+            secret_key=secret,
+            alpns=[alpn.encode() for alpn in alpns],
+        )
+        try:
+            self._endpoint = await iroh.Endpoint.bind(options)
+        except iroh.IrohError as error:
+            raise _unbound(bind, error) from error
+        self._host.spawn(self._accept_all())
+        return self._listening(bind)
+
+    async def close(self) -> None:
+        """Every connection, then the endpoint. Peers learn it at once."""
+        for channel in self.all():
+            channel.close(GOODBYE, "the node was closed")
+        for dial in self._dials.values():
+            dial.cancel()
+        await asyncio.gather(*self._dials.values(), return_exceptions=True)
+        if self._endpoint is not None:
+            with contextlib.suppress(TimeoutError, iroh.IrohError):  # what is left ends with the process
+                async with asyncio.timeout(_CLOSING.value):
+                    await self._endpoint.close()
+
+    def all(self) -> list[Channel]:
+        return [channel for channels in self._channels.values() for channel in channels]
+
+    def standing(self, peer: PeerId, alpn: str) -> list[Channel]:
+        """Connections that may carry something new."""
+        return [channel for channel in self._channels.get((peer, alpn), ()) if not channel.retired]
+
+    def drop(self, channel: Channel) -> None:
+        """Use it for nothing new."""
+        channel.retire()
+        standing = self._channels.get((channel.peer, channel.alpn), [])
+        if channel in standing:
+            standing.remove(channel)
+
+    async def connect(self, peer: PeerId, alpn: str) -> Channel:
+        """A standing connection, or a new one; concurrent callers share one dial. Raises what `dial` raises."""
+        for channel in self._channels.get((peer, alpn), ()):
+            if not channel.retired:
+                return channel
+        dial = self._dials.get((peer, alpn))
+        if dial is None:
+            dial = self._dials[peer, alpn] = asyncio.ensure_future(self.dial(peer, alpn))
+            dial.add_done_callback(lambda done: self._dialled(peer, alpn, done))
+        return await asyncio.shield(dial)
+
+    async def dial(self, peer: PeerId, alpn: str) -> Channel:
+        """One more connection. Raises PeerUnreachable, Refused, ProtocolMismatch."""
+        addresses = self._host.addresses(peer)
+        if not addresses:
+            raise PeerUnreachable(peer, {})
+        try:
+            async with asyncio.timeout(CONNECT.value):
+                channel = await self._reach(peer, alpn, addresses)
+                await channel.introduce(self._host.hello(), self._host.gate)
+        except TimeoutError:
+            raise PeerUnreachable(peer, dict.fromkeys(addresses, f"no answer in {CONNECT}")) from None
+        except iroh.IrohError as error:
+            if _is_unserved(error):
+                raise Refused(f"{peer[:10]} does not serve {alpn}") from error
+            raise PeerUnreachable(peer, dict.fromkeys(addresses, why(error))) from error
+        self._keep(channel)
+        self._host.spawn(self._attend(channel))
+        return channel
+
+    async def _reach(self, peer: PeerId, alpn: str, addresses: tuple[str, ...]) -> Channel:
+        """Tried twice: the library remembers an address that failed, and may answer from memory at first."""
+        where = iroh.EndpointAddr(iroh.EndpointId.from_string(peer), None, list(addresses))
+        try:
+            connection = await self._endpoint.connect(where, alpn.encode())
+        except iroh.IrohError as error:
+            if _is_unserved(error):
+                raise
+            connection = await self._endpoint.connect(where, alpn.encode())
+        return Channel(connection, peer, alpn, self._edges.count(peer, alpn))
+
+    def _dialled(self, peer: PeerId, alpn: str, done: asyncio.Task[Channel]) -> None:
+        self._dials.pop((peer, alpn), None)
+        if not done.cancelled():
+            done.exception()  # seen: every caller that waited got it, and there may be none left
+
+    async def _accept_all(self) -> None:
+        while (incoming := await self._endpoint.accept_next()) is not None:
+            if self._handshakes >= MAX_HANDSHAKES:
+                self._host.spawn(_refuse(incoming))
+            else:
+                self._handshakes += 1
+                self._host.spawn(self._welcome(incoming))
+
+    async def _welcome(self, incoming: Any) -> None:
+        try:
+            async with asyncio.timeout(CONNECT.value):
+                channel = self._channel_of(await (await incoming.accept()).connect())
+                pipe = await channel.welcome(self._host.hello(), self._host.gate)
+        except (iroh.IrohError, TimeoutError, PeerError) as error:
+            log.info("a connection was not made: %s", why(error) if isinstance(error, iroh.IrohError) else error)
+            return
+        finally:
+            self._handshakes -= 1
+        self._keep(channel)
+        self._host.spawn(self._serve(channel, pipe))
+        await self._attend(channel)
+
+    def _channel_of(self, connection: Any) -> Channel:
+        peer, alpn = PeerId(str(connection.remote_id())), connection.alpn().decode()
+        channel = Channel(connection, peer, alpn, self._edges.count(peer, alpn))
+        if sum(1 for other in self.all() if other.peer == peer) >= MAX_CHANNELS:
+            reason = f"refused: you hold {MAX_CHANNELS} connections to this node"
+            channel.close(REFUSED, reason)
+            raise Refused(reason)
+        return channel
+
+    def _keep(self, channel: Channel) -> None:
+        """Use a new connection. One from another boot of the peer shows that the older ones are dead."""
+        for other in self.all():
+            if other.peer == channel.peer and other.boot != channel.boot:
+                other.close(GOODBYE, "you were restarted")
+                self.drop(other)
+        self._channels.setdefault((channel.peer, channel.alpn), []).append(channel)
+
+    async def _attend(self, channel: Channel) -> None:
+        """Serve what the peer opens, until the connection ends."""
+        try:
+            while True:
+                self._host.spawn(self._serve(channel, await channel.accept()))
+        except ConnectionLost as lost:
+            log.debug("%s", lost)
+        finally:
+            self.drop(channel)
+
+    async def _serve(self, channel: Channel, pipe: Pipe) -> None:
+        await self._host.serve(channel, pipe)
+
+    def _listening(self, bind: str) -> tuple[str, ...]:
+        """A wildcard address becomes the machine's own; a bind to IPv4 also opens a socket that is not told."""
+        host = bind.rpartition(":")[0]
+        mine = [address for address in self._endpoint.bound_sockets() if address.rpartition(":")[0] == host]
+        if host != "0.0.0.0":
+            return tuple(mine)
+        port = mine[0].rpartition(":")[2]
+        found = [a for a in self._endpoint.addr().direct_addresses() if a.rpartition(":")[2] == port]
+        return tuple(found) or (f"127.0.0.1:{port}",)
+
+
+async def _refuse(incoming: Any) -> None:
+    with contextlib.suppress(iroh.IrohError):  # it went by itself
+        await incoming.refuse()
+
+
+def _unbound(bind: str, error: iroh.IrohError) -> Exception:
+    message = str(error.message())
+    if "in use" in message:
+        return PortInUse(bind)
+    return TransportUnusable(f"No socket can be opened at {bind}: {why(error)}. Give an address of this machine.")
+
+
+def _is_unserved(error: iroh.IrohError) -> bool:
+    """TLS alert 120: the peer knows no protocol of that name (RFC 7301, section 3.2)."""
+    return "error 120" in str(error.message())

@@ -1,0 +1,1 @@
+"""Decisions as pure functions: a frozen snapshot in, a decision out. Nodes, simulator and tests call the same ones."""

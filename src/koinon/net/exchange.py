@@ -12,7 +12,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -26,6 +26,8 @@ from koinon.net.identity import NodeKey
 from koinon.net.transport import Accepted, Busy, Drop, Gate, Hello, NodeAddr, Reply, Service, Verdict, open_gate
 from koinon.units import PeerId, Seconds
 
+EAGER: Final = 64 * 1024
+"""Bodies up to this size go with their header: a round trip costs more than the bytes."""
 log = logging.getLogger("koinon.net")
 
 
@@ -165,6 +167,8 @@ class Exchange(ABC):
             raise Refused(reply.header.reason)
         if not isinstance(reply.header, Busy | Drop):
             self.deadlines.observe(call.edge, len(call.body), clock() - started)
+            if len(reply.body) > EAGER:
+                self.deadlines.observe((*call.edge, "reply"), len(reply.body), clock() - started)
         return reply
 
     def _missed(self, call: Call, since: float, *, adaptive: bool) -> None:

@@ -146,9 +146,9 @@ def flat(body: object) -> memoryview:
 class FrameReader:
     """An incremental reader of frames.
 
-    `feed` bytes in; `header(wire)` gives the next header once it is whole; `expect(n)` then says that n body bytes follow
-    (the caller has decided that they may), and `body()` gives them once whole. `wanted` is how many bytes are missing
-    until there is something to take. Holds at most what was fed plus the one body that was expected.
+    `feed` bytes in; `header(wire)` gives the next header once it is whole; `expect(n)` then says that n body bytes
+    follow (the caller has decided that they may), and `body()` gives them once whole. `wanted` is how many bytes are
+    missing until there is something to take. Holds at most what was fed plus the one body that was expected.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """How a body travels once its header is accepted: with it, after it on the same stream, or striped over lanes.
 
-Bodies up to `EAGER` go with their header, since a round trip costs more than their bytes. Above `STRIPED` the sender
+Small bodies go with their header, since a round trip costs more than their bytes. Above `STRIPED` the sender
 says which way the body comes, and the receiver says when it is whole: so goodput is measured apart from what the
 receiver then does with it. Knows nothing of services, and takes lanes from whoever dials them.
 """
@@ -21,7 +21,6 @@ from koinon.net.iroh_pipe import Pipe
 from koinon.net.stripes import Stripes
 from koinon.units import PeerId
 
-EAGER: Final = 64 * 1024
 STRIPED: Final = 512 * 1024
 
 

@@ -16,10 +16,10 @@ import msgspec
 from koinon.errors import FrameError, FrameTooLarge, PeerError
 from koinon.net import desk
 from koinon.net.desk import VERBS, Go
-from koinon.net.exchange import Call, Exchange, Timer
+from koinon.net.exchange import EAGER, Call, Exchange, Timer
 from koinon.net.frames import Wire, body_size
 from koinon.net.identity import NodeKey
-from koinon.net.iroh_bodies import EAGER, Bodies
+from koinon.net.iroh_bodies import Bodies
 from koinon.net.iroh_channel import REFUSED, Channel
 from koinon.net.iroh_connections import Connections, Host
 from koinon.net.iroh_pipe import ConnectionLost, Pipe

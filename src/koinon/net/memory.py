@@ -21,7 +21,7 @@ from koinon.errors import FrameMalformed, FrameTooLarge, PeerError, PeerUnreacha
 from koinon.net import desk
 from koinon.net.deadlines import CONNECT
 from koinon.net.desk import VERBS, Go, Inline
-from koinon.net.exchange import Call, Exchange, Timer
+from koinon.net.exchange import EAGER, Call, Exchange, Timer
 from koinon.net.frames import FrameReader, Wire, body_size
 from koinon.net.hub import Faults, Hub, Letter, Part
 from koinon.net.identity import NodeKey
@@ -32,8 +32,6 @@ __all__ = ["Faults", "Hub", "MemoryTransport"]
 
 log = logging.getLogger("koinon.net")
 
-EAGER: Final = 64 * 1024
-"""Bodies up to this size go with their header: a round trip costs more than the bytes."""
 BODY_WAIT: Final = Seconds(30.0)
 """How long room stays reserved for a body that was asked for."""
 _HELLO: Final = Wire(Hello)

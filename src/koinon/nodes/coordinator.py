@@ -8,14 +8,13 @@ Knows nothing of models beyond what an item costs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from koinon.errors import KoinonError, PeerError, Refused
+from koinon.errors import Refused
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey
 from koinon.net.passes import Pass, issue
@@ -25,7 +24,7 @@ from koinon.nodes.publisher import Publisher
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
 from koinon.run.events import Member
-from koinon.run.items import pack, unpack
+from koinon.run.items import unpack
 from koinon.run.log import RunLog
 from koinon.run.policies.deadlines import History, deadline, observe
 from koinon.run.policies.draws import StageLoad, stage_for_joiner
@@ -38,6 +37,8 @@ HEARTBEAT = Seconds(1.0)
 SILENCE_FLOOR = Seconds(3.0)
 """No member is called unreachable before that: three missed heartbeats."""
 REDUCE_FLOOR = Seconds(5.0)
+FAREWELL = Seconds(3.0)
+"""How long the last records are offered to followers when the run has ended."""
 PASS_LIFETIME = Seconds(15 * 60)
 DISPUTES_ALLOWED = 3
 _TRAINER_MAY = (ev.Excluded, ev.ItemsReleased, ev.ItemDropped, ev.StepMeasured, ev.Evaluated, ev.RunCompleted)
@@ -68,7 +69,14 @@ class Coordinator:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.spec, self.log, self.state, self._transport, self._key, self._clock = spec, log, state, transport, key, clock
+        self.spec, self.log, self.state, self._transport, self._key, self._clock = (
+            spec,
+            log,
+            state,
+            transport,
+            key,
+            clock,
+        )
         self.telemetry: dict[Member, m.Telemetry] = {}
         self.finished = asyncio.Event()
         self._publisher = Publisher(log, transport)
@@ -95,10 +103,11 @@ class Coordinator:
     async def run(self) -> None:
         """Watch members and reduces until the run has ended or the task is cancelled."""
         try:
-            while self.state.phase is Phase.TRAINING:
+            while self.state.phase not in (Phase.STOPPED, Phase.FAILED):
                 await asyncio.sleep(HEARTBEAT.value / 4)
                 self._watch_members()
                 self._watch_reduces()
+            await self._publisher.drain(FAREWELL)
         finally:
             self._publisher.close()
 
@@ -106,19 +115,18 @@ class Coordinator:
         """Append to the log, fold, publish. Raises DiskFull, and then nothing of these events has happened."""
         now = time.time()
         stamped = [msgspec.structs.replace(event, at=now) for event in events]
-        self.log.append_many(stamped)
+        records = self.log.append_many(stamped)
         for event in stamped:
-            before = self.state
-            self.state = apply(before, event)
+            self.state = apply(self.state, event)
             self._note(event)
-        self._publisher.wake()
+        self._publisher.publish(records)
         if self.state.phase not in (Phase.TRAINING, Phase.PROPOSED):
             self.finished.set()
 
     def vanished(self, worker: PeerId, reason: str) -> None:
         """Whoever started the process says that it has ended: no need to wait for silence."""
         seat = self.state.member_of(worker)
-        if seat is not None and self.state.phase is Phase.TRAINING:
+        if seat is not None and self.state.phase not in (Phase.STOPPED, Phase.FAILED):
             self.write(ev.SeatLeft(seat.member, reason))
 
     def stop(self, reason: str) -> None:
@@ -202,7 +210,9 @@ class Coordinator:
             raise Refused(f"Stage {seat.stage} is at step {stage.step} by now; you have {message.step}: fetch again.")
         root = stage.root_at(stage.step)
         if root is not None and root != message.root:
-            raise Refused(f"Your weights of stage {seat.stage} at step {stage.step} are not those of the log: fetch them.")
+            raise Refused(
+                f"Your weights of stage {seat.stage} at step {stage.step} are not those of the log: fetch them."
+            )
         if seat.status is SeatStatus.SYNCING:
             self.write(ev.SeatReady(seat.member, message.step, message.root))
         return m.Ack()
@@ -269,9 +279,7 @@ class Coordinator:
         self.write(ev.ReduceOpened(stage.index, stage.step, stage.attempt, tuple(members), sets))
         return m.Ack(self.log.head.seq + 1)
 
-    def _checked_sets(
-        self, stage: StageState, members: list[Member], claimed: dict[int, bytes]
-    ) -> tuple[bytes, ...]:
+    def _checked_sets(self, stage: StageState, members: list[Member], claimed: dict[int, bytes]) -> tuple[bytes, ...]:
         """Each item in exactly one set, dropped ones in none, and nobody's set without its member."""
         if not set(claimed) <= set(members):
             raise Refused("A contribution of a member that is not there (any more) cannot be reduced.")
@@ -335,9 +343,7 @@ class Coordinator:
 
     def _dispute(self, stage: StageState, owner: Member, second: Member, message: m.Complain) -> None:
         """Two members got different updates from the same slices. Two cannot judge each other: try again, then stop."""
-        self.write(
-            ev.Disputed(stage.index, stage.step, message.attempt, owner, second, message.tensor, message.error)
-        )
+        self.write(ev.Disputed(stage.index, stage.step, message.attempt, owner, second, message.tensor, message.error))
         if self.state.stages[stage.index].disputes >= DISPUTES_ALLOWED:
             self.write(
                 ev.RunFailed(
@@ -388,8 +394,11 @@ class Coordinator:
         """Bookkeeping that follows from what was just written."""
         position = self.log.head.seq
         match event:
-            case ev.SeatReady(member=member) | ev.Unreachable(member=member) | ev.SeatLeft(member=member) | ev.Excluded(
-                member=member
+            case (
+                ev.SeatReady(member=member)
+                | ev.Unreachable(member=member)
+                | ev.SeatLeft(member=member)
+                | ev.Excluded(member=member)
             ):
                 self._changed[self.state.seats[member].stage] = position
             case _:
@@ -399,16 +408,3 @@ class Coordinator:
                 del self._attempts[index]
         if isinstance(event, ev.SeatLeft):
             self._publisher.remove(PeerId(self.state.seats[event.member].worker))
-
-
-async def reported(transport: Transport, coordinator: PeerId, event: ev.Event) -> None:
-    """Ask the coordinator to log an event; repeated until it answers."""
-    message = m.Happened(ev.encode(event))
-    while True:
-        with contextlib.suppress(PeerError):
-            await transport.request(coordinator, m.CTL, message)
-            return
-        await asyncio.sleep(0.2)
-
-
-__all__ = ["HEARTBEAT", "Coordinator", "KoinonError", "pack", "reported"]

@@ -25,7 +25,7 @@ from koinon.model.config import ModelConfig
 from koinon.model.snapshot import root
 from koinon.model.stage import Stage
 from koinon.optim.config import OptimConfig
-from koinon.optim.update import State, TensorUpdate, initial_state
+from koinon.optim.update import State, clip_scale, cost_gradient, initial_state, square_norm, updated
 
 Key = tuple[int, int, int]
 SECOND_TOLERANCE = 1e-4
@@ -150,9 +150,7 @@ class Engine:
                 self.stage.loss_sum(tokens, self._decoded(entered, tokens.numel()), torch.from_numpy(targets)).item()
             )
 
-    def sample(
-        self, step: int, ids: NDArray[np.int64], entered: bytes | None, temperature: float, seed: int
-    ) -> int:
+    def sample(self, step: int, ids: NDArray[np.int64], entered: bytes | None, temperature: float, seed: int) -> int:
         """Last stage: the next token of the (single) sequence. Temperature 0 is the likeliest token."""
         tokens = torch.from_numpy(ids)
         with self._weights_of(step), torch.no_grad():
@@ -232,7 +230,9 @@ class Engine:
     def gradients(self, names: Sequence[str]) -> bytes:
         """This worker's accumulated gradient of these tensors, one after the other, fp32."""
         trained = self.stage.trained()
-        return b"".join(_bytes(p.grad if p.grad is not None else torch.zeros_like(p)) for p in (trained[n] for n in names))
+        return b"".join(
+            _bytes(p.grad if p.grad is not None else torch.zeros_like(p)) for p in (trained[n] for n in names)
+        )
 
     def summed(self, names: Sequence[str], slices: Sequence[bytes | bytearray]) -> dict[str, Tensor]:
         """Sum of the members' slices in the order given. Raises FrameMalformed naming the index of a bad slice."""
@@ -267,23 +267,39 @@ class Engine:
     def sent(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> bytes:
         return b"".join(_bytes(tensors[name]) for name in names)
 
-    def update(
-        self, gradients: Mapping[str, Tensor], total_norm: float, step_tokens: int
-    ) -> tuple[dict[str, Tensor], dict[str, State]]:
+    def cost_gradients(self, summed: Mapping[str, Tensor], scale: float, step_tokens: int) -> dict[str, Tensor]:
+        """dJ/dΘ of the given tensors: the summed gradient times `scale`, and the penalty's, once per step."""
+        trained, layout = self.stage.trained(), self.stage.layout
+        return {
+            name: cost_gradient(
+                layout[name],
+                trained[name].detach(),
+                gradient if scale == 1.0 else gradient * scale,
+                config=self.optim,
+                tokens=step_tokens,
+            )
+            for name, gradient in summed.items()
+        }
+
+    def update(self, gradients: Mapping[str, Tensor], total_norm: float) -> tuple[dict[str, Tensor], dict[str, State]]:
         """New weights and optimizer state of the given tensors; nothing is changed here."""
-        rule = TensorUpdate(self.optim, self.step, stages=self.config.stages, total_norm=total_norm, tokens=step_tokens)
+        scale = clip_scale(total_norm, self.optim.clip, self.config.stages)
         weights: dict[str, Tensor] = {}
         states: dict[str, State] = {}
         for name, gradient in gradients.items():
-            weight = self.stage.trained()[name].detach()
-            state = self.momentum.get(name) or initial_state(self.stage.spec(name), weight)
-            weights[name], states[name] = rule(self.stage.spec(name), weight, gradient, state)
+            spec, weight = self.stage.layout[name], self.stage.trained()[name].detach()
+            state = self.momentum.get(name) or initial_state(spec, weight)
+            weights[name], states[name] = updated(
+                spec, weight, gradient, state, config=self.optim, step=self.step, scale=scale
+            )
         return weights, states
 
     def penalised_squares(self) -> float:
         """Sum of squares of the weights that J's penalty counts."""
         trained = self.stage.trained()
-        return math.fsum(float(trained[n].detach().double().square().sum()) for n in self.names if self.stage.spec(n).penalised)
+        return math.fsum(
+            float(trained[n].detach().double().square().sum()) for n in self.names if self.stage.penalised(n)
+        )
 
     def prepare(self, weights: Mapping[str, Tensor], momentum: Mapping[str, State]) -> Prepared:
         """What `commit` will apply: all tensors of the stage after this step."""
@@ -317,7 +333,7 @@ class Engine:
 
 def squares(tensors: Mapping[str, Tensor]) -> tuple[float, ...]:
     """Sum of squares of each tensor, in fp64, in the order given."""
-    return tuple(float(t.double().square().sum()) for t in tensors.values())
+    return tuple(square_norm(t) for t in tensors.values())
 
 
 def largest_difference(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[str, float]:

@@ -7,7 +7,10 @@ Knows nothing of what records mean.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -16,16 +19,22 @@ from koinon.errors import PeerError
 from koinon.net.transport import Transport
 from koinon.nodes import messages as m
 from koinon.run.log import RunLog
-from koinon.units import PeerId
+from koinon.run.record import Record
+from koinon.units import PeerId, Seconds
 
 BATCH_BYTES = 32 * 1024
 """Records in one push: well under the largest header a frame may have."""
+REMEMBERED = 4096
+"""Records kept in memory for followers that keep up."""
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class Publisher:
     def __init__(self, log: RunLog[Any], transport: Transport) -> None:
         self._log, self._transport = log, transport
         self._news = asyncio.Event()
+        self._recent: deque[tuple[int, bytes]] = deque(maxlen=REMEMBERED)
+        self._cursors: dict[PeerId, int] = {}
         self._followers: dict[PeerId, asyncio.Task[None]] = {}
 
     def add(self, peer: PeerId, first: int) -> None:
@@ -34,11 +43,20 @@ class Publisher:
         self._followers[peer] = asyncio.create_task(self._feed(peer, first), name=f"publish to {peer[:8]}")
 
     def remove(self, peer: PeerId) -> None:
+        self._cursors.pop(peer, None)
         if task := self._followers.pop(peer, None):
             task.cancel()
 
-    def wake(self) -> None:
-        """There is something new in the log."""
+    async def drain(self, patience: Seconds) -> None:
+        """Wait until every follower has the whole log, or until patience ends."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience.value):
+                while any(cursor <= self._log.head.seq for cursor in self._cursors.values()):
+                    await asyncio.sleep(0.02)
+
+    def publish(self, records: Sequence[Record]) -> None:
+        """These were just appended."""
+        self._recent.extend((record.seq, _encode(record)) for record in records)
         self._news.set()
         self._news = asyncio.Event()
 
@@ -48,6 +66,7 @@ class Publisher:
 
     async def _feed(self, peer: PeerId, cursor: int) -> None:
         pause = 0.1
+        self._cursors[peer] = cursor
         while True:
             news = self._news
             while batch := list(self._batch(cursor)):
@@ -59,13 +78,21 @@ class Publisher:
                     continue
                 assert isinstance(reply.header, m.Ack)
                 cursor, pause = max(1, reply.header.next), 0.1
+                self._cursors[peer] = cursor
             await news.wait()
 
     def _batch(self, cursor: int) -> Iterator[bytes]:
         size = 0
-        for record in self._log.records(cursor):
-            raw = msgspec.msgpack.encode(record)
+        for raw in self._from(cursor):
             size += len(raw) + 8
             if size > BATCH_BYTES and size > len(raw) + 8:
                 return
             yield raw
+
+    def _from(self, cursor: int) -> Iterator[bytes]:
+        """Encoded records from `cursor` on: from memory, or for a late comer from the disk."""
+        if self._recent and cursor >= self._recent[0][0]:
+            start = cursor - self._recent[0][0]
+            yield from (raw for _, raw in itertools.islice(self._recent, start, None))
+        else:
+            yield from (_encode(record) for record in self._log.records(cursor))

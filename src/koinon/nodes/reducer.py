@@ -53,15 +53,17 @@ class Shares:
     """Owned or seconded, in name order."""
 
     @classmethod
-    def among(cls, sizes: dict[str, int], members: Iterable[Member]) -> Shares:
+    def among(cls, sizes: dict[str, int], members: Iterable[Member], state: RunState) -> Shares:
         members = tuple(members)
+        accounts = {str(member): state.seats[member].account for member in members}
         names = {str(member): member for member in members}
         owned: dict[Member, list[str]] = {member: [] for member in members}
         summed: dict[Member, list[str]] = {member: [] for member in members}
-        for tensor, (owner, second) in sorted(owners(sizes, list(names)).items()):
+        for tensor, (owner, second) in sorted(owners(sizes, list(names), accounts=accounts).items()):
             owned[names[owner]].append(tensor)
-            for one in {owner, second} - {None}:
-                summed[names[str(one)]].append(tensor)
+            summed[names[owner]].append(tensor)
+            if second is not None:
+                summed[names[second]].append(tensor)
         return cls({k: tuple(v) for k, v in owned.items()}, {k: tuple(v) for k, v in summed.items()})
 
 
@@ -143,7 +145,7 @@ class Reducer:
         while self._engine.step < reduce.step:  # the step before is still being applied
             await asyncio.sleep(0.005)
         engine, me = self._engine, self._member
-        shares = Shares.among(engine.sizes, reduce.members)
+        shares = Shares.among(engine.sizes, reduce.members, self._state())
         contributors = [mem for mem, bitmap in zip(reduce.members, reduce.sets, strict=True) if bitmap]
         async with asyncio.TaskGroup() as pushes:
             if me in contributors:
@@ -151,9 +153,8 @@ class Reducer:
             summed = await self._sum(reduce, shares, contributors)
             lost = await self._ensure_momentum(reduce, shares.summed[me])
             norm = await self._norm(reduce, shares, summed, pushes)
-            tokens = sum(len(unpack(b)) for b in reduce.sets) * self._item_tokens
             penalised = await self._compute.run(engine.penalised_squares)
-            weights, states = await self._compute.run(lambda: engine.update(summed, norm, tokens))
+            weights, states = await self._compute.run(lambda: engine.update(summed, norm))
             mine = await self._compute.run(lambda: engine.sent(shares.owned[me], weights))
             for other in reduce.members:
                 if other != me and shares.owned[me]:
@@ -185,10 +186,15 @@ class Reducer:
                 slices.append(bytes(await self._awaited(reduce, m.Slice, member)))
         if not names:
             return {}
+        # A stage that went without dropped items divides by the tokens it really folded.
         folded = sum(len(unpack(bitmap)) for bitmap in reduce.sets)
         scale = self._state().microbatches / folded if folded else 0.0
+        tokens = folded * self._spec.train.microbatch * self._spec.model.context
+        engine = self._engine
         try:
-            return await self._compute.run(lambda: _scaled(self._engine.summed(names, slices), scale))
+            return await self._compute.run(
+                lambda: engine.cost_gradients(engine.summed(names, slices), scale, max(1, tokens))
+            )
         except FrameMalformed as error:
             culprit = contributors[int(str(error).split()[1])]
             await self._complain(reduce, culprit, str(error))
@@ -253,7 +259,7 @@ class Reducer:
         state, missing = self._state(), [n for n in names if n not in self._engine.momentum]
         if not missing or not (holders := state.stages[self._stage].holders()) or reduce.step == 0:
             return []
-        before = Shares.among(self._engine.sizes, holders)
+        before = Shares.among(self._engine.sizes, holders, state)
         for holder in holders:
             wanted = [n for n in missing if n in before.summed[holder]]
             seat = state.seats.get(holder)
@@ -269,10 +275,6 @@ class Reducer:
         return missing
 
     # --- plumbing
-
-    @property
-    def _item_tokens(self) -> int:
-        return self._spec.train.microbatch * self._spec.model.context
 
     def _slot(self, step: int, attempt: int, kind: type[m.Message], member: Member) -> asyncio.Future[Any]:
         key = (step, attempt, kind, member)
@@ -328,8 +330,3 @@ class Reducer:
     def _forget_before(self, step: int, attempt: int) -> None:
         for key in [key for key in self._inbox if key[:2] < (step, attempt)]:
             del self._inbox[key]
-
-
-def _scaled(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A stage that went without dropped items divides by the tokens it really folded."""
-    return tensors if scale == 1.0 else {name: tensor * scale for name, tensor in tensors.items()}

@@ -13,12 +13,12 @@ import msgspec
 
 from koinon.errors import Refused
 from koinon.net.frames import Wire
-from koinon.net.transport import Answer, Service
+from koinon.net.transport import Answer, Service, Verdict
 from koinon.nodes import messages as m
 from koinon.units import Bytes, PeerId
 
 Handle = Callable[[PeerId, Any, bytearray], Awaitable[Answer]]
-Limit = Callable[[PeerId, Any], int]
+Limit = Callable[[PeerId, Any], int | Verdict]
 
 REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
     m.CTL: (
@@ -83,6 +83,6 @@ class Switchboard:
             raise Refused(f"This node does not answer {type(message).__name__}.")
         return await handler(peer, message, body)
 
-    def _limit(self, peer: PeerId, message: msgspec.Struct) -> int:
+    def _limit(self, peer: PeerId, message: msgspec.Struct) -> int | Verdict:
         limit = self._limits.get(type(message))  # type: ignore[arg-type]
         return 0 if limit is None else limit(peer, message)

@@ -108,9 +108,7 @@ class Syncer:
         await self._compute.run(lambda: engine.adopt(_under(tensors, _WEIGHTS), step))
         await self._compute.run(lambda: self.save(engine, engine.current()))
 
-    async def _fetch(
-        self, stage: int, follower: RunFollower, newer_than: int = -1
-    ) -> tuple[int, dict[str, Tensor]]:
+    async def _fetch(self, stage: int, follower: RunFollower, newer_than: int = -1) -> tuple[int, dict[str, Tensor]]:
         """(step, tensors) from any member that is ready. Waits while there is hope of one."""
         while True:
             seats = [s for s in follower.state.ready(stage) if s.worker != self._transport.me]
@@ -146,7 +144,11 @@ class Syncer:
 
     def prune(self, step: int) -> None:
         """Keep the newest few snapshots up to `step`."""
-        older = [path for path in sorted(self._directory.glob("step-*.safetensors")) if path <= snapshot_path(self._directory, step)]
+        older = [
+            path
+            for path in sorted(self._directory.glob("step-*.safetensors"))
+            if path <= snapshot_path(self._directory, step)
+        ]
         for path in older[: -self._keep]:
             path.unlink(missing_ok=True)
 

@@ -56,14 +56,18 @@ class Trainer:
         *,
         loads: Callable[[Member], m.Telemetry] = lambda _member: m.Telemetry(),
         clock: Callable[[], float] = time.monotonic,
+        trains: bool = True,
     ) -> None:
+        """trains: False serves samples of the weights as they are, and opens no step."""
+        self._trains = trains
         self.spec, self._dataset, self._seed, self._transport, self._key = spec, dataset, seed, transport, key
         self._coordinator, self._follower, self._loads, self._clock = coordinator, follower, loads, clock
         self._flights: dict[tuple[int, int, int], Flight] = {}
         self._waiting: deque[Flight] = deque()
         self._opened = -1  # the newest step whose microbatches have been drawn
         self._evaluated = -1
-        self._measured = -1
+        self._measured: int | None = None
+        self._penalised: dict[tuple[int, int], float] = {}  # (step, stage) -> sum of squares
         self._asked: dict[int, tuple[int, int, int]] = {}  # stage -> (step, attempt, log position) of our StageDone
         self._durations = History()
         self._wake = asyncio.Event()
@@ -80,7 +84,7 @@ class Trainer:
     async def run(self) -> None:
         """Train until the run has ended or the task is cancelled."""
         try:
-            while self.state.phase in (Phase.PROPOSED, Phase.TRAINING):
+            while self.state.phase not in (Phase.STOPPED, Phase.FAILED):
                 self._wake.clear()
                 self._advance()
                 try:
@@ -99,7 +103,8 @@ class Trainer:
                 self._take_back(member, state.step, type(event).__name__)
             case ev.Excluded(member=member, step=step):
                 self._take_back(member, step, "excluded", only=step)
-            case ev.StageStepped(stage=stage, step=step):
+            case ev.StageStepped(stage=stage, step=step, penalised=penalised):
+                self._penalised[step, stage] = penalised
                 for flight in self._flights.values():
                     if flight.kind is Kind.TRAIN and flight.step == step:
                         flight.committed[stage] = True
@@ -156,11 +161,14 @@ class Trainer:
     # --- one round of decisions
 
     def _advance(self) -> None:
-        if not self.state.stages or self.state.phase is not Phase.TRAINING:
+        if not self.state.stages:
             return
-        self._open_steps()
+        if self._trains and self.state.phase is Phase.TRAINING:
+            self._open_steps()
         self._reroute()
         self._lease_waiting()
+        if self.state.phase is not Phase.TRAINING:
+            return
         self._close_stages()
         self._measure()
         self._forget()
@@ -177,9 +185,7 @@ class Trainer:
                 self._enqueue(Kind.EVAL, step, batch.index, _joined(batch.ids, batch.targets))
         if self._opened < step < train.steps:
             self._opened = step
-            for batch in self._dataset.batch(
-                self._seed, step, train.batch, train.microbatch, self.spec.model.context
-            ):
+            for batch in self._dataset.batch(self._seed, step, train.batch, train.microbatch, self.spec.model.context):
                 self._enqueue(Kind.TRAIN, step, batch.index, _joined(batch.ids, batch.targets))
 
     def _evaluation_due(self, step: int) -> bool:
@@ -317,6 +323,8 @@ class Trainer:
 
     def _measure(self) -> None:
         """J of a step, once every stage has taken it; and evaluations, once they are whole."""
+        if self._measured is None:
+            self._measured = self.state.step - 1  # earlier steps were another trainer's
         while self._measured + 1 < self.state.step:
             step = self._measured = self._measured + 1
             flights = [f for f in self._flights.values() if f.kind is Kind.TRAIN and f.step == step]
@@ -325,7 +333,9 @@ class Trainer:
                 continue  # taken before this trainer came
             tokens = len(values) * self.spec.train.microbatch * self.spec.model.context
             loss = math.fsum(values) / tokens
-            self._report(ev.StepMeasured(step, loss, 0.0, tokens))
+            squares = math.fsum(self._penalised.pop((step, s.index), 0.0) for s in self.state.stages)
+            penalty = self.spec.optim.l2 / (2 * tokens) * squares
+            self._report(ev.StepMeasured(step, loss, penalty, tokens))
         evals: dict[int, list[Flight]] = {}
         for flight in self._flights.values():
             if flight.kind is Kind.EVAL:
@@ -341,7 +351,7 @@ class Trainer:
         """Steps that every stage has taken need nothing more."""
         step = self.state.step
         for key, flight in list(self._flights.items()):
-            if flight.kind is Kind.TRAIN and flight.step < step and flight.step <= self._measured:
+            if flight.kind is Kind.TRAIN and flight.step < step and flight.step <= (self._measured or 0):
                 del self._flights[key]
 
     def _complete(self) -> None:

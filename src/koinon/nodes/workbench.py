@@ -72,6 +72,8 @@ class Workbench:
     stage: int
     stages: int
     step: int = 0
+    capacity: int = 16
+    """Items that may be here unfinished. A forward beyond it is asked to wait; a backward never is."""
     items: dict[Key, Item] = field(default_factory=dict)
 
     @property
@@ -100,6 +102,10 @@ class Workbench:
 
     def folds(self, item: Item) -> bool:
         return item.lease.kind is Kind.TRAIN and item.lease.folds_at(self.stage) and item.lease.step >= self.step
+
+    def admits(self, key: Key) -> bool:
+        """Whether a forward may come in: its backward's slot is reserved with it. A twin takes no second slot."""
+        return key in self.items or sum(not item.is_done for item in self.items.values()) < self.capacity
 
     def claimable(self) -> Iterator[Item]:
         """Items that are ready to be folded but for the claim."""
@@ -153,7 +159,9 @@ class Workbench:
             return False
         if item.lease.kind is not Kind.TRAIN:
             return not item.is_done and item.lease.step == self.step
-        return item.lease.step == self.step or (item.lease.step == self.step - 1 and not item.lease.folds_at(self.stage))
+        return item.lease.step == self.step or (
+            item.lease.step == self.step - 1 and not item.lease.folds_at(self.stage)
+        )
 
 
 def _urgency(job: Job) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ it gets its state is the syncer's. Here messages meet them. Knows nothing of oth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 from collections.abc import Coroutine
@@ -16,7 +17,7 @@ from typing import Any
 from koinon.errors import DiskFull, KoinonError, NumericsError, PeerError, Refused
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
-from koinon.net.transport import DONE, Answer, Drop, Transport
+from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
 from koinon.nodes import messages as m
 from koinon.nodes.compute import Compute
 from koinon.nodes.engine import Engine
@@ -32,10 +33,11 @@ from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, SeatStatus
-from koinon.units import PeerId, RunId
+from koinon.units import PeerId, RunId, Seconds
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
+FAREWELL = Seconds(1.0)
 
 
 class Worker:
@@ -52,13 +54,13 @@ class Worker:
         run: RunId,
         directory: Path,
         account: str,
-        addresses: tuple[str, ...],
         stage: int | None = None,
         secret: bytes | None = None,
     ) -> None:
         """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given."""
         self._transport, self._key, self._compute = transport, key, compute
-        self._coordinator, self._account, self._addresses, self._wanted = coordinator, account, addresses, stage
+        self._coordinator, self._account, self._wanted = coordinator, account, stage
+        self._addresses: tuple[str, ...] = ()
         self._follower = RunFollower(transport, board, coordinator, run)
         self._syncer = Syncer(transport, board, compute, directory, secret)
         self._engine: Engine | None = None
@@ -68,6 +70,7 @@ class Worker:
         self._claims = asyncio.Event()
         self._finished: list[m.Finished] = []
         self._ended = asyncio.Event()
+        self._goodbye = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = _Counters()
         self._state = "joining"
@@ -88,8 +91,9 @@ class Worker:
 
     # --- life
 
-    async def run(self) -> None:
-        """Join, work, leave. Raises KoinonError when it cannot begin."""
+    async def run(self, addresses: tuple[str, ...]) -> None:
+        """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin."""
+        self._addresses = addresses
         welcome = await self._join()
         spec = RunSpec.parse(welcome.spec)
         self._follower.listen(self._on_event)
@@ -98,7 +102,9 @@ class Worker:
         self._spawn(self._heartbeats(welcome.member))
         self._state = "syncing"
         self._engine = await self._syncer.begin(welcome, spec, self._follower)
-        self._bench = Workbench(welcome.member, welcome.stage, spec.model.stages, self._engine.step)
+        self._bench = Workbench(
+            welcome.member, welcome.stage, spec.model.stages, self._engine.step, spec.league.in_flight
+        )
         self._reducer = Reducer(
             spec,
             self._engine,
@@ -124,14 +130,14 @@ class Worker:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._goodbye:
+            with contextlib.suppress(PeerError):
+                message = m.Leave(welcome.member, "its process was told to end")
+                await self._transport.request(self._coordinator, m.CTL, message, deadline=FAREWELL)
 
-    async def leave(self, reason: str) -> None:
-        """Say goodbye, then end `run`."""
-        if self._bench is not None:
-            try:
-                await self._transport.request(self._coordinator, m.CTL, m.Leave(self._bench.member, reason))
-            except PeerError as error:
-                log.info("could not say goodbye: %s", error)
+    def end(self) -> None:
+        """Let `run` return; it says goodbye first, if it has a seat."""
+        self._goodbye = True
         self._ended.set()
 
     async def _join(self) -> m.Welcome:
@@ -230,12 +236,15 @@ class Worker:
 
     # --- messages
 
-    def _body_limit(self, _peer: PeerId, message: Any) -> int:
+    def _body_limit(self, _peer: PeerId, message: Any) -> int | Verdict:
         """What the run spec allows for this kind of body; nothing before we know the spec."""
+        assert self._bench or self._engine is None
         if self._engine is None or self._reducer is None:
             raise Refused("Still joining: ask again in a moment.")
         if isinstance(message, m.Slice | m.Updated):
             return sum(self._engine.sizes.values())
+        if isinstance(message, m.Forward) and self._bench and not self._bench.admits(message.lease.key):
+            return Busy(after_ms=20)
         return self._reducer.item_limit
 
     async def _on_offer(self, peer: PeerId, message: m.Offer, body: bytearray) -> Answer:
@@ -369,9 +378,7 @@ class Worker:
             self._telemetry.count(item, job.kind)
             if self._bench.folds(item) or item.lease.kind is not Kind.TRAIN:
                 lease = item.lease
-                self._finished.append(
-                    m.Finished(lease.kind, lease.step, lease.microbatch, lease.revision, item.value)
-                )
+                self._finished.append(m.Finished(lease.kind, lease.step, lease.microbatch, lease.revision, item.value))
                 self._claims.set()
         self._route_kept(item)
 
@@ -389,7 +396,8 @@ class Worker:
             self._spawn(self._send_backward(item, route[stage - 1]))
 
     async def _send_forward(self, item: Item, member: int) -> None:
-        assert self._bench and item.left is not None
+        assert self._bench
+        assert item.left is not None
         lease = item.lease
         ids, packed = _packed(item.ids, self._vocab())
         header = m.Forward(lease, ids, len(item.left) + len(packed))
@@ -417,6 +425,9 @@ class Worker:
                 except PeerError as error:
                     log.debug("push to member %s: %s", member, error)
                 else:
+                    if isinstance(verdict, Busy):
+                        await asyncio.sleep(verdict.after_ms / 1e3)
+                        continue
                     if isinstance(verdict, Drop):
                         return False
                     self._telemetry.sent(header, body, item)

@@ -1,0 +1,366 @@
+"""The whole league on one machine, from Python.
+
+    from koinon import LocalSwarm
+
+    with LocalSwarm("demo", "runs/mine") as swarm:
+        for event in swarm.events():
+            print(event)
+        print(swarm.sample("def ", tokens=40))
+
+One control process (this one, which loads no torch) and one process per seat, forked from a zygote. A worker that ends
+is replaced by a fresh process in the same seat. `League` is the asyncio form of the same thing.
+Knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from koinon.errors import KoinonError, RunExists, StateError
+from koinon.net.identity import NodeKey
+from koinon.net.transport import NodeAddr
+from koinon.nodes.control import Control, OpenRun, Progress, create, reopen, resume_point, stage_secret
+from koinon.nodes.host import Host
+from koinon.nodes.messages import Telemetry
+from koinon.nodes.process import STATE_LIMIT, WorkerOptions
+from koinon.nodes.rundir import RunDir
+from koinon.nodes.switchboard import Switchboard
+from koinon.run import events as ev
+from koinon.run.spec import RunSpec
+from koinon.run.state import Phase, RunState, SeatStatus
+from koinon.units import PeerId
+
+T = TypeVar("T")
+CRASHES_ALLOWED = 5
+"""Times in a row that a seat's process may end without having been ready, before the run fails."""
+
+
+def _quiet(_what: str, _done: int, _total: int) -> None:
+    """No progress is shown."""
+
+
+class Seat:
+    """A seat that this machine fills."""
+
+    def __init__(self, number: int, stage: int, seat: int, folder: Path) -> None:
+        self.number, self.stage, self.seat, self.folder = number, stage, seat, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.worker: PeerId = NodeKey.load_or_create(folder / "key").peer_id
+        self.crashes = 0
+        self.wanted = True
+
+
+class League:
+    """A league on this machine, for callers that run an event loop. Use as an async context manager.
+
+    spec: a RunSpec, a path to one, or the name of a recipe. directory: where the run lies or shall lie.
+    resume: go on with the run in `directory`; its own spec is used. trains: False only serves samples.
+    port: UDP port of the control process, 0 for any free one.
+    Raises on entry: SpecError, RunExists, NotARun, DataError, PortInUse, LogCorrupt, NothingToResume.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec | str | Path | None,
+        directory: str | Path,
+        *,
+        resume: bool = False,
+        trains: bool = True,
+        replicas: int | None = None,
+        port: int = 0,
+        progress: Progress = _quiet,
+    ) -> None:
+        self.directory = RunDir(Path(directory))
+        self._given, self._resumes, self._trains, self._replicas = spec, resume, trains, replicas
+        self._port, self._progress = port, progress
+        self._listeners: list[Callable[[ev.Event, RunState], None]] = []
+        self._seats: dict[int, Seat] = {}
+        self._respawns: set[asyncio.Task[None]] = set()
+        self._host = Host(self._on_ended)
+        self._address: NodeAddr | None = None
+        self._closing = False
+        self._run: OpenRun | None = None
+        self._control: Control | None = None
+
+    # --- what it shows
+
+    @property
+    def spec(self) -> RunSpec:
+        return self._opened().spec
+
+    @property
+    def state(self) -> RunState:
+        return self._controlled().coordinator.state
+
+    @property
+    def telemetry(self) -> dict[int, Telemetry]:
+        """What each member told of itself last. For people."""
+        return dict(self._controlled().coordinator.telemetry)
+
+    @property
+    def control(self) -> Control:
+        return self._controlled()
+
+    def listen(self, listener: Callable[[ev.Event, RunState], None]) -> None:
+        """Hear every event of the log, from the first on, after it was folded."""
+        self._listeners.append(listener)
+
+    # --- life
+
+    async def __aenter__(self) -> Self:
+        await self._host.start()  # torch loads while the data is prepared
+        try:
+            self._run = await asyncio.to_thread(self._open)
+            await self._begin(self._run)
+        except BaseException:
+            await self.close("it could not start")
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close("the caller closed it" if kind is None else f"the caller ended with {kind.__name__}")
+
+    def _open(self) -> OpenRun:
+        if self._resumes:
+            return reopen(self.directory)
+        spec = self._given if isinstance(self._given, RunSpec) else RunSpec.load(str(self._given))
+        if self.directory.is_run:
+            raise RunExists(
+                f"{self.directory.path} holds a run already. Add --resume to go on with it, or choose another directory."
+            )
+        return create(spec, self.directory, self._progress)
+
+    async def _begin(self, run: OpenRun) -> None:
+        from koinon.net.iroh_transport import IrohTransport
+
+        board = Switchboard(STATE_LIMIT)
+        transport = IrohTransport(run.key, bind=f"127.0.0.1:{self._port}")
+        self._control = control = Control(run, transport, board, trains=self._trains)
+        for listener in self._listeners:
+            control.follower.listen(listener)
+        if self._resumes:
+            # Reads and hashes snapshots, so it is done before anybody waits for us, and in a process that has torch.
+            control.resume(await _resume_step(self.directory, run.state))
+        self._address = await control.start()
+        for number, (stage, seat) in enumerate(self._places(run.spec)):
+            self._seats[number] = Seat(number, stage, seat, self.directory.seat(stage, seat))
+            self._spawn(self._seats[number])
+
+    def _places(self, spec: RunSpec) -> Iterator[tuple[int, int]]:
+        """(stage, seat) of every worker, first seats first: they found the stages."""
+        replicas = self._replicas or spec.league.replicas
+        return ((stage, seat) for seat in range(replicas) for stage in range(spec.model.stages))
+
+    def _spawn(self, seat: Seat) -> None:
+        assert self._address is not None
+        options = WorkerOptions(
+            directory=str(seat.folder),
+            run=self.spec.run_id,
+            coordinator=self._address.peer,
+            coordinator_addresses=self._address.addresses,
+            account=f"local-{seat.stage}-{seat.seat}",
+            stage=seat.stage,
+            secret=stage_secret(self.spec, seat.stage).hex(),
+        )
+        self._host.spawn(seat.number, options)
+
+    def _on_ended(self, number: int, status: int) -> None:
+        """A worker's process has ended: say so at once, and put a fresh one into its seat."""
+        if self._closing or self._control is None or self.state.phase in (Phase.STOPPED, Phase.FAILED):
+            return
+        seat = self._seats[number]
+        known = self.state.member_of(seat.worker)
+        was_ready = known is not None and known.status is SeatStatus.READY
+        seat.crashes = 0 if was_ready else seat.crashes + 1
+        what = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        self._control.coordinator.vanished(seat.worker, f"its process {what}")
+        if seat.crashes > CRASHES_ALLOWED:
+            self._control.coordinator.write(
+                ev.RunFailed(
+                    f"The worker of stage {seat.stage}, seat {seat.seat} ended {seat.crashes} times before it was ready. "
+                    f"{seat.folder / 'worker.log'} says why; then resume."
+                )
+            )
+        elif seat.wanted:
+            task = asyncio.create_task(self._respawn(seat))
+            self._respawns.add(task)
+            task.add_done_callback(self._respawns.discard)
+
+    async def _respawn(self, seat: Seat) -> None:
+        await asyncio.sleep(0.1 * 2**seat.crashes if seat.crashes else 0.0)
+        if not self._closing:
+            self._spawn(seat)
+
+    async def finished(self) -> RunState:
+        """Until the run is complete, stopped or failed. Raises StateError with the run's own sentence if it failed."""
+        await self._controlled().ended()
+        if self.state.phase is Phase.FAILED:
+            raise StateError(self.state.reason)
+        return self.state
+
+    async def close(self, reason: str = "asked to stop") -> None:
+        """Drain and stop; the directory can be resumed. Returns when every process is gone."""
+        if self._closing:
+            return
+        self._closing = True
+        for task in self._respawns:
+            task.cancel()
+        try:
+            if self._control is not None:
+                await self._control.close(reason)
+            elif self._run is not None:
+                self._run.log.close()
+        finally:
+            await self._host.close()
+
+    # --- what can be done to it
+
+    def kill(self, stage: int, seat: int, how: signal.Signals = signal.SIGKILL) -> bool:
+        """Send the worker in that seat a signal. It is replaced; the run goes on."""
+        found = next((s for s in self._seats.values() if (s.stage, s.seat) == (stage, seat)), None)
+        return found is not None and self._host.kill(found.number, how)
+
+    async def sample(
+        self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0
+    ) -> AsyncIterator[str]:
+        """Text after `prompt`, piece by piece, each token through all stages. Raises PeerError."""
+        run, trainer = self._opened(), self._controlled().trainer
+        tokenizer = run.dataset.tokenizer
+        ids = tokenizer.encode(prompt)
+        stream = tokenizer.stream()
+        for count in range(tokens):
+            token = await trainer.sample(ids, temperature=temperature, seed=seed * 1_000_003 + count)
+            ids.append(token)
+            if text := stream.feed([token]):
+                yield text
+
+    def _opened(self) -> OpenRun:
+        if self._run is None:
+            raise StateError("The league has not been started: use it as a context manager.")
+        return self._run
+
+    def _controlled(self) -> Control:
+        if self._control is None:
+            raise StateError("The league has not been started: use it as a context manager.")
+        return self._control
+
+
+async def _resume_step(directory: RunDir, state: RunState) -> int:
+    from koinon.nodes.inventory import verified_snapshots
+
+    return resume_point(state, await verified_snapshots(directory, state))
+
+
+class LocalSwarm:
+    """A league on this machine, for plain Python: `League` in a thread of its own. Same arguments and errors."""
+
+    def __init__(
+        self,
+        spec: RunSpec | str | Path | None,
+        directory: str | Path,
+        *,
+        resume: bool = False,
+        trains: bool = True,
+        replicas: int | None = None,
+        progress: Progress = _quiet,
+    ) -> None:
+        self._league = League(spec, directory, resume=resume, trains=trains, replicas=replicas, progress=progress)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="koinon", daemon=True)
+        self._events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
+        self._watcher: Future[None] | None = None
+
+    @property
+    def state(self) -> RunState:
+        """The fold of the log so far."""
+        return self._league.state
+
+    @property
+    def spec(self) -> RunSpec:
+        return self._league.spec
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._league.listen(lambda event, _state: self._events.put(event))
+        try:
+            self._call(self._league.__aenter__())
+        except BaseException:
+            self._stop_thread()
+            raise
+        self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._watcher is not None:
+                self._watcher.cancel()
+            self._call(self._league.__aexit__(kind, error, trace))
+        finally:
+            self._stop_thread()
+
+    def events(self) -> Iterator[ev.Event]:
+        """Every event of the run's log from its first, as it happens; ends when training has ended."""
+        while (event := self._events.get()) is not None:
+            yield event
+
+    def train(self) -> RunState:
+        """Wait until training has ended. Raises StateError with the run's sentence if it failed."""
+        for _ in self.events():
+            pass
+        return self._call(self._league.finished())
+
+    def kill(self, stage: int, seat: int) -> bool:
+        """kill -9 the worker in that seat. It is replaced; the run goes on."""
+        return self._call(_now(lambda: self._league.kill(stage, seat)))
+
+    def sample(self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0) -> str:
+        """Text after `prompt`."""
+        return "".join(self.stream(prompt, tokens=tokens, temperature=temperature, seed=seed))
+
+    def stream(self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0) -> Iterator[str]:
+        """The same, piece by piece."""
+        pieces = self._league.sample(prompt, tokens=tokens, temperature=temperature, seed=seed)
+        while True:
+            try:
+                yield self._call(_next(pieces))
+            except StopAsyncIteration:
+                return
+
+    async def _watch(self) -> None:
+        try:
+            await self._league.finished()
+        except KoinonError:
+            pass  # `train` raises it again; here it only ends the events
+        finally:
+            self._events.put(None)
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _now(call: Callable[[], T]) -> T:
+    return call()
+
+
+async def _next(pieces: AsyncIterator[str]) -> str:
+    return await anext(pieces)
+
+
+__all__ = ["League", "LocalSwarm"]

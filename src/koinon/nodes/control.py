@@ -1,0 +1,186 @@
+"""The control process of a league on one machine: coordinator and trainer on one transport, loading no torch.
+
+Opens (or resumes) the run's log and data, starts listening, and drives both roles until the run has ended.
+Knows nothing of who starts the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from koinon.data import Dataset, prepare
+from koinon.errors import NothingToResume
+from koinon.net.identity import NodeKey
+from koinon.net.transport import NodeAddr, Transport
+from koinon.nodes import messages as m
+from koinon.nodes.coordinator import Coordinator
+from koinon.nodes.follower import RunFollower
+from koinon.nodes.rundir import RunDir
+from koinon.nodes.switchboard import Switchboard
+from koinon.nodes.trainer import Trainer
+from koinon.run import events as ev
+from koinon.run.events import Member
+from koinon.run.log import RunLog
+from koinon.run.spec import RunSpec
+from koinon.run.state import Phase, RunState, fold
+from koinon.units import RunId
+
+Progress = Callable[[str, int, int], None]
+Snapshots = Mapping[int, Mapping[int, str]]
+"""Stage -> step -> root, of every snapshot on this machine that was verified against the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run's directory, opened for writing."""
+
+    directory: RunDir
+    spec: RunSpec
+    log: RunLog[ev.Event]
+    state: RunState
+    dataset: Dataset
+    key: NodeKey
+
+
+def sampling_seed(spec: RunSpec) -> bytes:
+    """What decides which text each step reads. On one machine it follows from the spec, so a run can be repeated."""
+    return hashlib.sha256(f"koinon/sampling/1|{spec.seed}".encode()).digest()
+
+
+def stage_secret(spec: RunSpec, stage: int) -> bytes:
+    """What a stage is founded from on one machine, where there is nobody to keep it from; elsewhere it is entropy."""
+    return hashlib.sha256(f"koinon/stage/1|{spec.seed}|{stage}".encode()).digest()
+
+
+def create(spec: RunSpec, directory: RunDir, progress: Progress) -> OpenRun:
+    """A new run: data first, then the spec, then the log. Raises RunExists, DataError, DiskFull."""
+    directory.path.mkdir(parents=True, exist_ok=True)
+    directory.key.parent.mkdir(exist_ok=True)
+    key = NodeKey.load_or_create(directory.key)
+    log: RunLog[ev.Event] = RunLog.create(
+        directory.log, key, run=RunId(spec.run_id), encode=ev.encode, decode=ev.decode
+    )
+    try:
+        dataset = prepare(spec.data, directory.data, progress)
+        directory.spec.write_text(spec.to_toml())
+        seed = sampling_seed(spec)
+        log.begin_term(1)
+        opened = ev.RunOpened(
+            spec.run_id,
+            spec.to_toml(),
+            key.peer_id,
+            key.peer_id,
+            spec.model.stages,
+            spec.train.batch // spec.train.microbatch,
+            hashlib.sha256(seed).hexdigest(),
+            at=time.time(),
+        )
+        log.append(opened)
+    except BaseException:
+        log.close()
+        if not directory.spec.exists():
+            directory.log.unlink()  # nothing has happened yet: the directory can be used again
+        raise
+    return OpenRun(directory, spec, log, fold([opened]), dataset, key)
+
+
+def reopen(directory: RunDir) -> OpenRun:
+    """An existing run, as its log has it; a half-written tail is repaired. Raises NotARun, LogCorrupt, DataError."""
+    directory.require()
+    spec = RunSpec.load(directory.spec)
+    key = NodeKey.load_or_create(directory.key)
+    log: RunLog[ev.Event] = RunLog.open(directory.log, key, run=RunId(spec.run_id), encode=ev.encode, decode=ev.decode)
+    try:
+        state = fold(log.events())
+        dataset = Dataset.open(directory.data)
+    except BaseException:
+        log.close()
+        raise
+    return OpenRun(directory, spec, log, state, dataset, key)
+
+
+def resume_point(state: RunState, snapshots: Snapshots) -> int:
+    """The newest step at which every stage can be restored. Raises NothingToResume, saying which stage cannot."""
+    if all(not stage.versions for stage in state.stages):
+        return 0  # killed before any stage was founded: they are founded anew
+    for step in range(state.step, -1, -1):
+        if all(_has(state, snapshots, s.index, step) for s in state.stages):
+            return step
+    stuck = [s.index for s in state.stages if not any(_has(state, snapshots, s.index, v.step) for v in s.versions)]
+    raise NothingToResume(
+        f"No step can be restored: {'stages ' + str(stuck) + ' have' if stuck else 'the stages have'} no snapshot that "
+        f"fits the log at or before step {state.step}. Bring back the seats/ folders of this run, or start a new run."
+    )
+
+
+def _has(state: RunState, snapshots: Snapshots, stage: int, step: int) -> bool:
+    root = state.stages[stage].root_at(step)
+    return root is not None and snapshots.get(stage, {}).get(step) == root
+
+
+class Control:
+    """Coordinator and trainer of one opened run."""
+
+    def __init__(self, run: OpenRun, transport: Transport, board: Switchboard, *, trains: bool = True) -> None:
+        self.run_, self.transport, self._board = run, transport, board
+        me = run.key.peer_id
+        self.coordinator = Coordinator(run.spec, run.log, run.state, transport, board, run.key)
+        self.follower = RunFollower(transport, board, me, RunId(run.spec.run_id))
+        self.trainer = Trainer(
+            run.spec,
+            run.dataset,
+            sampling_seed(run.spec),
+            transport,
+            board,
+            run.key,
+            me,
+            self.follower,
+            loads=self._load_of,
+            trains=trains,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _load_of(self, member: Member) -> m.Telemetry:
+        return self.coordinator.telemetry.get(member, m.Telemetry())
+
+    async def start(self) -> NodeAddr:
+        """Listen, and begin to work. Raises PortInUse, TransportUnusable."""
+        address = await self.transport.start(self._board.services())
+        await self.follower.start(())
+        self._tasks = [
+            asyncio.create_task(self.coordinator.run(), name="coordinator"),
+            asyncio.create_task(self.trainer.run(), name="trainer"),
+        ]
+        return address
+
+    def resume(self, step: int) -> None:
+        """Void what lies beyond `step`, under a new term."""
+        log = self.run_.log
+        log.begin_term(log.term + 1)
+        self.coordinator.write(ev.RunResumed(step, log.term))
+
+    async def ended(self) -> None:
+        """Until the run leaves TRAINING, or a role breaks (its error is raised here)."""
+        finished = asyncio.create_task(self.coordinator.finished.wait())
+        done, _ = await asyncio.wait([finished, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        finished.cancel()
+        for task in done:
+            task.result()
+
+    async def close(self, reason: str) -> None:
+        """Drain: log why, tell everyone, stop. Safe to call twice."""
+        if self.coordinator.state.phase is Phase.TRAINING:
+            self.coordinator.stop(reason)
+            await asyncio.wait(self._tasks, timeout=5.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.transport.close()
+        self.run_.log.close()
+
+
+__all__ = ["Control", "OpenRun", "create", "reopen", "resume_point", "sampling_seed", "stage_secret"]

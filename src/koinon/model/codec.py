@@ -18,10 +18,12 @@ from torch import Tensor
 from koinon.errors import FrameMalformed, NonFiniteLoss
 from koinon.model.config import Codec, row_bytes
 
+_NOT_FINITE = "A coefficient or gradient is NaN or infinite: nothing of it may cross a boundary."
 Floats = npt.NDArray[np.float32]
 
 LARGEST = {"int8": 127, "int4": 7}
-_SMALLEST_SCALE = np.float32(2.0**-126)  # the smallest normal number: a row of zeros divides by it and stays zero
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal number: a row of zeros divides by it and stays zero
+_LARGEST_VALUE = 3.3e38  # short of fp32's end by more than the scale's rounding
 
 
 def nbytes(codec: Codec, n: int, k: int) -> int:
@@ -63,17 +65,17 @@ def decode(data: bytes | bytearray | memoryview, codec: Codec, n: int, k: int) -
             rows = _from_bf16(np.frombuffer(data, "<u2")).reshape(n, k)
         case "int8" | "int4":
             scales = _from_bf16(np.frombuffer(data, "<u2", n))
-            if not (scales >= 0).all():
-                raise FrameMalformed("A row's scale is negative or not a number.")
-            body = np.frombuffer(data, np.int8, offset=2 * n).reshape(n, -1)
-            rows = (body if codec == "int8" else _unpacked(body, k)) * scales[:, None]
+            if not ((scales >= 0) & (scales <= 1.01 * _LARGEST_VALUE / LARGEST[codec])).all():
+                raise FrameMalformed("A row's scale is negative, too large or not a number.")
+            body = np.frombuffer(data, np.int8, offset=2 * n).reshape(n, row_bytes(codec, k) - 2)
+            return torch.from_numpy((body if codec == "int8" else _unpacked(body, k)) * scales[:, None])
     if not np.isfinite(rows).all():
         raise FrameMalformed("A coefficient is NaN or infinite.")
     return torch.from_numpy(rows)
 
 
 def passed(c: Tensor, codec: Codec, *, dither: torch.Generator | None = None) -> Tensor:
-    """What the other side decodes: decode(encode(c)) bit for bit, without making bytes. Unchecked; any device."""
+    """What the other side decodes: decode(encode(c)) number for number, without making bytes. Unchecked."""
     match codec:
         case "fp32":
             return c.detach()
@@ -92,7 +94,8 @@ def _quantised(
     rows: Floats, largest: int, dither: torch.Generator | None
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int8]]:
     top = np.abs(rows).max(-1, initial=0)
-    _assert_finite(top)
+    if not (top <= _LARGEST_VALUE).all():
+        raise NonFiniteLoss(_NOT_FINITE)
     scales = _rounded_up(torch.from_numpy(top / np.float32(largest))).numpy()
     q = rows / scales[:, None]
     q = np.rint(q, out=q) if dither is None else np.floor(q + _noise(torch.from_numpy(q), dither).numpy())
@@ -103,7 +106,7 @@ def _quantised(
 def _rounded_up(scale: Tensor) -> Tensor:
     """The least bf16 number at or above each non-negative fp32 number, and no subnormal; still fp32."""
     up = (scale.view(torch.int32) + 0xFFFF) & ~0xFFFF
-    return up.view(torch.float32).clamp_min_(float(_SMALLEST_SCALE))
+    return up.view(torch.float32).clamp_min_(_SMALLEST_SCALE)
 
 
 def _noise(like: Tensor, dither: torch.Generator) -> Tensor:
@@ -130,4 +133,4 @@ def _from_bf16(bits: npt.NDArray[np.uint16]) -> Floats:
 
 def _assert_finite(rows: Floats) -> None:
     if not np.isfinite(rows).all():
-        raise NonFiniteLoss("A coefficient or gradient is NaN or infinite: nothing of it may cross a boundary.")
+        raise NonFiniteLoss(_NOT_FINITE)

@@ -94,8 +94,8 @@ class ModelConfig:
         """The model of that width. Rules, each overridden by naming its field:
 
         layers 4 * round(size^0.6 / 18.4) (4 at 128, 8 at 320, 12 at 1024, 32 at 4096), but two per stage at least:
-        depth inside a stage is worth more than rank; heads of 32 dimensions below a width of 512, else 64, else (size
-        no multiple of 32) one head; grouped 4 to 1 from 2048 on; ffn 8/3 size to a multiple of 8; 4 stages; rank
+        depth inside a stage is worth more than rank; heads of 64 dimensions from a width of 512 on where they divide
+        it, else of 32, else one head; grouped 4 to 1 from 2048 on; ffn 8/3 size to a multiple of 8; 4 stages; rank
         size/16, at least 4; 8 bigram buckets per unit of width, at most 8192; vocabulary 512, context 256.
         Raises UnknownKey for a field that does not exist.
         """
@@ -176,8 +176,8 @@ def _joined(before: tuple[int, int, list[int]], cost: int, end: int) -> tuple[in
 
 def _derived(size: int, given: dict[str, Any]) -> dict[str, Any]:
     stages = given.get("stages", 4)
-    wanted = 32 if size < 512 else 64
-    heads = given.get("heads", size // wanted if size % wanted == 0 else 1)
+    fitting = [width for width in ((64, 32) if size >= 512 else (32,)) if size % width == 0]
+    heads = given.get("heads", size // fitting[0] if fitting else 1)
     deep_enough = 2 * stages if isinstance(stages, int) else 1
     return {
         "size": size,

@@ -145,6 +145,7 @@ def orthonormal(normal: Tensor) -> Tensor:
 
 def _orthogonal(turn: Tensor, master: Tensor) -> Tensor:
     unit = torch.eye(len(master), dtype=torch.float64)
-    if turn.dtype != torch.float64 or turn.shape != master.shape or (turn.T @ turn - unit).abs().max() > 1e-9:
+    fits = turn.dtype == torch.float64 and turn.shape == master.shape
+    if not (fits and (turn.T @ turn - unit).abs().max() < 1e-9):  # so written that NaN is refused too
         raise FrameMalformed(f"A change of frame must be an orthogonal {tuple(master.shape)} matrix in fp64.")
     return turn

@@ -15,7 +15,9 @@ def lr_scale(config: OptimConfig, step: int) -> float:
     warm = max(1, round(config.warmup * config.steps)) if config.warmup else 0
     if step < warm:
         return (step + 1) / warm
+    if step >= config.steps:
+        return config.floor
     start = max(warm, round((1 - config.decay) * config.steps)) if config.schedule == "wsd" else warm
-    fallen = min(1.0, max(0.0, (step - start) / max(1, config.steps - start)))
+    fallen = max(0, step - start) / max(1, config.steps - start)
     left = (1 + math.cos(math.pi * fallen)) / 2 if config.schedule == "cosine" else 1 - fallen
     return config.floor + (1 - config.floor) * left

@@ -238,7 +238,7 @@ class Engine:
         """Sum of the members' slices in the order given. Raises FrameMalformed naming the index of a bad slice."""
         total: Tensor | None = None
         for index, piece in enumerate(slices):
-            flat = torch.from_numpy(np.frombuffer(piece, "<f4"))
+            flat = torch.frombuffer(bytearray(piece), dtype=torch.float32) if piece else torch.zeros(0)
             if flat.numel() * 4 != sum(self.sizes[n] for n in names) or not torch.isfinite(flat).all():
                 raise FrameMalformed(f"slice {index} is not a finite gradient of the right size")
             total = flat.clone() if total is None else total.add_(flat)

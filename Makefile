@@ -36,7 +36,7 @@ lint: $(VENV)/dev.stamp  ## style, format and types
 	$(BIN)/mypy
 
 docs: $(VENV)/dev.stamp  ## the documentation site, in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "The pages are in site/index.html."
 
 clean:  ## remove what the targets made; runs are kept

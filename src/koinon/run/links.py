@@ -71,8 +71,8 @@ def _check_rate(rate: BitsPerSecond, speed: float, model: ModelConfig, step_toke
         f"A boundary of {model.boundary_width} coefficients in {model.codec} takes {sent.bytes_per_token} bytes per "
         f"token and direction, {Bytes(step_tokens * sent.bytes_per_token)} per step. At `tokens_per_second` {speed:g} "
         f"each of {replicas} replicas sends {needed.value / 1e6:.3g} Mbit/s; `rate_mbit` is {rate.value / 1e6:g}, "
-        f"enough for {fits} bytes per token and direction, or for {speed * rate.value / needed.value:.0f} tokens per second. "
-        f"Lower `rank`, choose a smaller `codec`, raise `replicas`, or expect less of the links."
+        f"enough for {fits} bytes per token and direction, or for {speed * rate.value / needed.value:.0f} tokens per "
+        f"second. Lower `rank`, choose a smaller `codec`, raise `replicas`, or expect less of the links."
     )
 
 

@@ -74,10 +74,10 @@ def through_bytes(stages: list[Stage], ids: Tensor, targets: Tensor, m: int, mas
         c_in = decode(encode(left[-1], config.codec), config.codec, n, k).requires_grad_()
         entered.append(c_in)
     loss = stages[-1].loss_sum(ids, c_in, targets, mask)
-    (loss / m).backward()  # type: ignore[no-untyped-call]
+    (loss / m).backward()
     for sent, received in zip(reversed(left), reversed(entered), strict=True):
         assert received.grad is not None
-        sent.backward(decode(encode(received.grad, config.codec), config.codec, n, k))  # type: ignore[no-untyped-call]
+        sent.backward(decode(encode(received.grad, config.codec), config.codec, n, k))
     return float(loss.detach())
 
 

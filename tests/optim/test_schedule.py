@@ -34,7 +34,7 @@ def test_a_rate_rises_to_its_peak_and_then_only_falls_to_the_floor(config: Optim
 
 def test_the_shapes_at_known_points() -> None:
     for schedule, halfway in (("cosine", 0.525), ("linear", 0.525), ("wsd", 1.0)):
-        config = OptimConfig(steps=100, warmup=0.1, floor=0.05, schedule=schedule)  # type: ignore[arg-type]
+        config = OptimConfig(steps=100, warmup=0.1, floor=0.05, schedule=schedule)
         assert lr_scale(config, 0) == pytest.approx(0.1)
         assert lr_scale(config, 9) == lr_scale(config, 10) == pytest.approx(1.0)
         assert lr_scale(config, 55) == pytest.approx(halfway)

@@ -116,7 +116,7 @@ def test_each_stage_is_clipped_by_itself() -> None:
     seen: list[list[float]] = []
     optimizer = WholeOptimizer(replace(OPTIM, clip=1e-3), whole.stages)
     ids, targets = tokens_of(SMALL)
-    (whole.loss_sum(ids, targets) / ids.numel()).backward()  # type: ignore[no-untyped-call]
+    (whole.loss_sum(ids, targets) / ids.numel()).backward()
     gradients: list[dict[str, Tensor]] = [
         {n: w.grad.clone() for n, w in s.trained().items() if w.grad is not None} for s in whole.stages
     ]
@@ -135,7 +135,7 @@ def test_a_gradient_that_is_no_number_stops_the_step_before_any_weight_changes()
     optimizer = WholeOptimizer(OPTIM, whole.stages[:1])
     before = root(whole.stages[0].trained())
     ids, targets = tokens_of(SMALL)
-    (whole.loss_sum(ids, targets) * torch.nan).backward()  # type: ignore[no-untyped-call]
+    (whole.loss_sum(ids, targets) * torch.nan).backward()
     with pytest.raises(NonFiniteLoss, match="lower the rates"):
         optimizer.step(ids.numel())
     assert root(whole.stages[0].trained()) == before

@@ -1,0 +1,1 @@
+"""Benchmarks: each module that can be run measures figures against stated targets; `harness` is what they share."""

@@ -27,6 +27,7 @@ from koinon.errors import (
     TermPassed,
 )
 from koinon.run.log import follow
+from koinon.run.logfile import LogFile
 from koinon.run.record import genesis, seal
 from koinon.run.storage import MAGIC, MAX_EVENT, pack_frame
 from tests.run.note import KEY, OTHER_RUN, RUN, Note, create, decode, encode, key_of, notes, reader, reopen, texts_of
@@ -425,3 +426,16 @@ def _ends(whole: bytes) -> list[int]:
         at += 8 + int.from_bytes(whole[at : at + 4], "big")
         ends.append(at)
     return ends
+
+
+def test_a_disk_that_refuses_to_sync_or_to_cut_gets_nothing_more(tmp_path: Path) -> None:
+    """/dev/full: writing finds no room, and neither syncing nor truncating works."""
+    for first_failure, kind in ((LogFile.sync, StateError), (lambda file: file.grow([b"frame"]), DiskFull)):
+        file = LogFile(Path("/dev/full"), os.open("/dev/full", os.O_RDWR), os.open(tmp_path, os.O_RDONLY))
+        with pytest.raises(kind):
+            first_failure(file)
+        with pytest.raises(StateError, match="pen it again"):
+            file.grow([b"frame"])
+        assert len(file.starts) == 0
+        file.close()
+        file.close()

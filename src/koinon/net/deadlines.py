@@ -56,10 +56,14 @@ class Deadlines:
         self._rates: dict[Hashable, float] = {}
 
     def observe(self, edge: Hashable, nbytes: int, seconds: float) -> None:
-        """An exchange of that many bytes took so long."""
+        """An exchange of that many bytes took so long.
+
+        After an answer that came later than the usual deadline the next has twice its time: the median follows slowly.
+        """
         series = self._of(edge, nbytes)
         series.seconds.append(seconds)
-        series.patience = 1.0
+        usual = self._usual(edge, nbytes, series)
+        series.patience = 1.0 if seconds <= usual else min(_PATIENCE, 2 * seconds / usual)
         series.fresh += 1
         if series.fresh >= _REFRESH:
             series.fresh, series.cached = 0, None
@@ -78,14 +82,17 @@ class Deadlines:
     def of(self, edge: Hashable, nbytes: int) -> Seconds:
         """How long to wait for an exchange of that many bytes."""
         series = self._of(edge, nbytes)
-        if series.cached is None:
-            series.cached = self._base(edge, nbytes, series)
-        return Seconds(min(CEILING.value, max(series.cached, FLOOR.value) * series.patience))
+        return Seconds(min(CEILING.value, self._usual(edge, nbytes, series) * series.patience))
 
     def rate(self, edge: Hashable) -> BitsPerSecond | None:
         """The measured rate of an edge, if anything large went over it."""
         rate = self._rates.get(edge)
         return BitsPerSecond(rate) if rate is not None else None
+
+    def _usual(self, edge: Hashable, nbytes: int, series: _Series) -> float:
+        if series.cached is None:
+            series.cached = max(FLOOR.value, self._base(edge, nbytes, series))
+        return series.cached
 
     def _base(self, edge: Hashable, nbytes: int, series: _Series) -> float:
         if len(series.seconds) >= _ENOUGH:

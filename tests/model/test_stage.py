@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from koinon.errors import FrameMalformed, SnapshotCorrupt, TokenOutOfRange
+from koinon.errors import Contradiction, FrameMalformed, SnapshotCorrupt, TokenOutOfRange
 from koinon.model.layout import layout
 from koinon.model.monolith import Microbatch, Monolith
 from koinon.model.snapshot import root
@@ -214,6 +214,15 @@ def test_ids_beyond_what_halves_can_count_stay_exact() -> None:
 def test_an_id_outside_the_vocabulary_is_refused(bad: int) -> None:
     with pytest.raises(TokenOutOfRange, match="between 0 and 18"):
         stages_of(SMALL)[0](torch.tensor([[1, bad]]))
+
+
+def test_a_sequence_beyond_the_context_is_refused_at_once_or_token_by_token() -> None:
+    stage, memory = stages_of(SMALL)[0], Memory()
+    with pytest.raises(Contradiction, match="11 tokens"):
+        stage(torch.zeros(1, 11, dtype=torch.int64))
+    stage.extend(torch.zeros(1, 10, dtype=torch.int64), None, memory)
+    with pytest.raises(Contradiction, match="11 tokens"):
+        stage.extend(torch.zeros(1, 1, dtype=torch.int64), None, memory)
 
 
 def test_ten_thousand_changes_of_frame_do_not_drift() -> None:

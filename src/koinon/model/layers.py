@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from koinon.errors import Contradiction
 from koinon.model.config import ModelConfig
 
 EPSILON = 1e-6
@@ -54,12 +55,18 @@ class Rotation:
     """Rotary positions (arXiv:2104.09864) as unit complex numbers, one per position and pair of coordinates."""
 
     def __init__(self, config: ModelConfig) -> None:
+        self._context = config.context
         pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         angles = torch.outer(torch.arange(config.context, dtype=torch.float64), config.rope_base**-pairs)
         self._turns = {(torch.device("cpu"), torch.complex128): torch.polar(torch.ones_like(angles), angles)[:, None]}
 
     def turns(self, start: int, length: int, like: Tensor) -> Tensor:
-        """(length, 1, head_dim / 2) complex, of like's device and precision (single for halves)."""
+        """(length, 1, head_dim / 2) complex, of like's device and precision (single for halves).
+
+        Raises Contradiction for positions beyond the model's context.
+        """
+        if start + length > self._context:
+            raise Contradiction(f"{start + length} tokens are more than the model's `context` of {self._context}.")
         key = (like.device, torch.complex128 if like.dtype == torch.float64 else torch.complex64)
         if key not in self._turns:
             exact = next(iter(self._turns.values()))

@@ -111,7 +111,7 @@ class Stage(nn.Module):
 
         c_in (b*T, k): decoded coefficients, None for stage 0. Ask them for their gradient before the call
         (`c_in.requires_grad_()`), then `c_out.backward(g)` fills the weights' gradients and `c_in.grad`.
-        Raises TokenOutOfRange.
+        Raises TokenOutOfRange, and Contradiction for sequences longer than the context.
         """
         return self._leave(*self._run(ids, c_in, None))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -179,7 +180,6 @@ def test_a_manifest_is_bounded_and_its_chunks_are_full() -> None:
 
 def test_a_chunk_that_claims_too_much_is_malformed() -> None:
     encoded = msgspec.msgpack.encode([[[b"\0" * 32, CHUNK + 1]], []])
+    root = sha256(encoded).hexdigest()
     with pytest.raises(FrameMalformed):
-        from hashlib import sha256
-
-        decode_manifest(encoded, sha256(encoded).hexdigest(), limit=Bytes.mib(64))
+        decode_manifest(encoded, root, limit=Bytes.mib(64))

@@ -1,4 +1,4 @@
-"""Makes iroh's Python bindings fit for tensors: outgoing buffers by one memory copy instead of a byte at a time.
+"""Makes iroh's Python bindings fit for tensors: bytes go out by one memory copy, and waiting costs one wake-up.
 
 The generated bindings of iroh 1.2 (uniffi 0.31) store every outgoing byte in a Python loop: 2 MB/s and about 300 CPU
 seconds per GB. uniffi 0.32 has the remedy, the wheels of iroh 1.2 do not. The loop is looked for in the source of the
@@ -16,11 +16,13 @@ import time
 from typing import Any, Final
 
 from koinon.errors import TransportUnusable
+from koinon.net import iroh_calls
 
 _MARK: Final = "_koinon_buffers"
 _SLOW_LOOP: Final = "self.rbuf.data[self.rbuf.len + i] = byte"
-_MAX_BYTES: Final = 2**31 - 1
-"""The length prefix of a bytes argument is a signed 32-bit number."""
+_PREFIX: Final = struct.Struct(">i")
+"""A bytes argument is its length, a signed 32-bit number, and its content."""
+_MAX_BYTES: Final = 2**31 - 1 - _PREFIX.size
 _TEST_BYTES: Final = 1 << 20
 _TEST_SECONDS: Final = 0.2
 """The copy takes 1 ms of CPU for the test's buffer, the loop 300 ms."""
@@ -35,8 +37,9 @@ def make_usable() -> None:
         raise TransportUnusable(f"iroh cannot be loaded: {error}. {_ADVICE}") from error
     if getattr(iroh_ffi, _MARK, False):
         return
-    _replace_slow_methods(iroh_ffi)
+    replace_slow_methods(iroh_ffi)
     self_test(iroh_ffi)
+    iroh_calls.shorten(iroh_ffi)
     setattr(iroh_ffi, _MARK, True)
 
 
@@ -46,10 +49,10 @@ def self_test(bindings: Any) -> float:
     Returns CPU seconds per GB of the largest. Raises TransportUnusable.
     """
     pattern = bytes(range(256)) * (_TEST_BYTES // 256)
-    spent = 0.0
+    converter, spent = bindings._UniffiFfiConverterBytes, 0.0
     for data in (b"", b"\x00", bytearray(pattern[:17]), memoryview(pattern)[3:4096], pattern):
         started = time.process_time()
-        returned = _round_trip(bindings, data)
+        returned = converter.lift(converter.lower(data))
         spent = time.process_time() - started
         if returned != bytes(data):
             raise TransportUnusable(f"iroh's bindings change a buffer on its way out. {_ADVICE}")
@@ -58,20 +61,16 @@ def self_test(bindings: Any) -> float:
     return spent / _TEST_BYTES * 1e9
 
 
-def _round_trip(bindings: Any, data: Any) -> Any:
-    converter = bindings._UniffiFfiConverterBytes
-    with converter.lower(data).consume_with_stream() as stream:  # frees the buffer, and fails when bytes are left over
-        return converter.read(stream)
-
-
-def _replace_slow_methods(bindings: Any) -> None:
+def replace_slow_methods(bindings: Any) -> None:
+    """Where the loop is, and nowhere else. Raises TransportUnusable for bindings of another kind."""
     builder = getattr(bindings, "_UniffiRustBufferBuilder", None)
     converter = getattr(bindings, "_UniffiFfiConverterBytes", None)
     if builder is None or converter is None:
         raise TransportUnusable(f"iroh's bindings are not of the kind that this build knows. {_ADVICE}")
-    if _has_slow_loop(builder.write) and _has_slow_loop(builder._pack_into):
-        builder.write, builder._pack_into = _write, _pack_into
-        converter.write = staticmethod(_write_bytes)
+    if _has_slow_loop(builder.write):
+        rust_buffer = bindings._UniffiRustBuffer
+        converter.lower = staticmethod(lambda value: _lower(rust_buffer, value))
+        converter.lift = staticmethod(_lift)
 
 
 def _has_slow_loop(method: Any) -> bool:
@@ -81,45 +80,60 @@ def _has_slow_loop(method: Any) -> bool:
         return False
 
 
-def _write(self: Any, value: Any) -> None:
-    """Append a flat bytes-like object."""
-    _copy_in(self, memoryview(value))
+class _PyBuffer(ctypes.Structure):
+    """`Py_buffer` of the stable ABI: the only way from Python to the address of a read-only view."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
 
 
-def _pack_into(self: Any, size: int, format: str, value: Any) -> None:
-    """Append one number; the caller's size must agree with the format."""
-    packed = struct.pack(format, value)
-    if len(packed) != size:
-        raise ValueError(f"{format!r} packs {len(packed)} bytes, not {size}")
-    _copy_in(self, memoryview(packed))
+_get_buffer: Final = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p, ctypes.c_int)(
+    ("PyObject_GetBuffer", ctypes.pythonapi)
+)
+_release_buffer: Final = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(("PyBuffer_Release", ctypes.pythonapi))
 
 
-def _write_bytes(value: Any, buffer: Any) -> None:
-    """Length prefix and content of one bytes argument.
+def _lower(rust_buffer: Any, value: Any) -> Any:
+    """A Rust buffer with length and content of any contiguous buffer; lengths are bytes, never elements.
 
-    The stock method counts elements, so a view of 32-bit numbers would be cut to a quarter; here it is refused.
+    Raises TypeError for what is no buffer, BufferError for one with gaps, ValueError for 2 GiB and more.
     """
-    view = memoryview(value)
-    if view.ndim != 1 or view.itemsize != 1 or not view.c_contiguous:
-        raise TypeError("pass flat, contiguous bytes: memoryview(array).cast('B')")
-    if view.nbytes > _MAX_BYTES:
-        raise ValueError("one call carries less than 2 GiB: write in pieces")
-    buffer.write_i32(view.nbytes)
-    buffer.write(view)
+    view = _PyBuffer()
+    _get_buffer(value, ctypes.addressof(view), 0)
+    try:
+        if view.len > _MAX_BYTES:
+            raise ValueError("one call carries less than 2 GiB: write in pieces")
+        lowered = rust_buffer.alloc(view.len + _PREFIX.size)
+        address = ctypes.cast(lowered.data, ctypes.c_void_p).value
+        assert address is not None
+        ctypes.memmove(address, _PREFIX.pack(view.len), _PREFIX.size)
+        if view.len:
+            ctypes.memmove(address + _PREFIX.size, view.buf, view.len)
+        lowered.len = view.len + _PREFIX.size
+        return lowered
+    finally:
+        _release_buffer(ctypes.addressof(view))
 
 
-def _copy_in(builder: Any, view: memoryview) -> None:
-    with builder._reserve(view.nbytes):  # makes room, and afterwards adds nbytes to rbuf.len
-        if view.nbytes:
-            target = ctypes.addressof(builder.rbuf.data.contents) + builder.rbuf.len
-            source, _alive = _address(view)
-            ctypes.memmove(target, source, view.nbytes)
-
-
-def _address(view: memoryview) -> tuple[int, object]:
-    """Address of the view's first byte, and the object that must stay alive while it is used."""
-    if not view.readonly:
-        array = (ctypes.c_char * view.nbytes).from_buffer(view)
-        return ctypes.addressof(array), array
-    data = view.obj if type(view.obj) is bytes and view.nbytes == len(view.obj) else bytes(view)
-    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0, data
+def _lift(lowered: Any) -> bytes:
+    """The content of a Rust buffer, which is freed."""
+    try:
+        address = ctypes.cast(lowered.data, ctypes.c_void_p).value
+        assert address is not None
+        (length,) = _PREFIX.unpack(ctypes.string_at(address, _PREFIX.size))
+        if length != lowered.len - _PREFIX.size:
+            raise ValueError(f"a buffer of {lowered.len} bytes says that it holds {length}")
+        return ctypes.string_at(address + _PREFIX.size, length)
+    finally:
+        lowered.free()

@@ -24,8 +24,9 @@ HELLO: Final = Wire(Hello)
 MAX_PIPES: Final = 64
 """Streams that a peer may have open on one connection: each may hold a header and a small body in memory. The asking
 side stays two below, since the library would let it wait for a stream that is never closed."""
-GOODBYE, REFUSED, PROTOCOL = 0, 2, 3
-"""Close codes. The reason that goes with them is a sentence for the other side's operator."""
+GOODBYE, REFUSED, PROTOCOL, HUNG_UP = 0, 2, 3, 4
+"""Close codes. The reason that goes with them is a sentence for the other side's operator. After 2 and 3 no request was
+ever read on that connection: its hello was refused."""
 _CLOSE_ERRORS: Final = {REFUSED: Refused, PROTOCOL: ProtocolMismatch}
 _MAX_REASON: Final = 1000
 _CLOSED = re.compile(r"closed by peer: (?P<reason>.*) \(code (?P<code>\d+)\)$", re.DOTALL)
@@ -144,8 +145,9 @@ class Channel:
             self.close(GOODBYE, "not needed any more")
 
     def _lost(self, error: IrohError) -> ConnectionLost:
-        why = self._connection.close_reason() or _last_line(error)
-        return ConnectionLost(self.peer, {self.alpn: why})
+        lost = ConnectionLost(self.peer, {self.alpn: self._connection.close_reason() or _last_line(error)})
+        lost.sent = self._refusal() is None
+        return lost
 
 
 def _last_line(error: IrohError) -> str:

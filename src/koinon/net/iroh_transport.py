@@ -20,7 +20,7 @@ from koinon.net.exchange import EAGER, Call, Exchange, Timer
 from koinon.net.frames import Wire, body_size
 from koinon.net.identity import NodeKey
 from koinon.net.iroh_bodies import Bodies
-from koinon.net.iroh_channel import REFUSED, Channel
+from koinon.net.iroh_channel import HUNG_UP, Channel
 from koinon.net.iroh_connections import Connections, Host
 from koinon.net.iroh_pipe import ConnectionLost, Pipe
 from koinon.net.lanes import LANE, WIRE, Piece
@@ -72,7 +72,7 @@ class IrohTransport(Exchange):
         """See `Transport.hang_up`."""
         for channel in self._connections.all():
             if channel.peer == peer:
-                channel.close(REFUSED, reason)
+                channel.close(HUNG_UP, reason)
 
     def links(self) -> Mapping[PeerId, Link]:
         """See `Transport.links`."""

@@ -17,6 +17,7 @@ from koinon.net.memory import MemoryTransport
 from koinon.net.transport import NodeAddr
 from koinon.nodes.compute import Compute, InlineCompute
 from koinon.nodes.control import Control, create, reopen, resume_point, sampling_seed, stage_secret
+from koinon.nodes.faults import Point, Reach
 from koinon.nodes.inventory import _check
 from koinon.nodes.process import STATE_LIMIT
 from koinon.nodes.rundir import RunDir
@@ -44,8 +45,12 @@ class TwinLeague:
     faults: Faults = field(default_factory=Faults)
     seed: int = 0
     resume: bool = False
+    plan: dict[tuple[int, int], set[tuple[Point, int]]] = field(default_factory=dict)
+    """(stage, seat) -> points and steps at which its first process vanishes."""
+    restarts: bool = True
     make_compute: type[InlineCompute] = InlineCompute
     events: list[ev.Event] = field(default_factory=list)
+    deaths: list[asyncio.Future[None]] = field(default_factory=list)
     workers: dict[tuple[int, int], TwinWorker] = field(default_factory=dict)
 
     @property
@@ -99,11 +104,28 @@ class TwinLeague:
             account=f"local-{stage}-{seat}",
             stage=stage,
             secret=stage_secret(self.spec, stage),
+            reach=self._reach(stage, seat, self.plan.pop((stage, seat), set())),
         )
         mine = await transport.start(board.services())
         transport.learn(NodeAddr(self.address.peer, self.address.addresses))
         task = asyncio.create_task(worker.run(mine.addresses))
         self.workers[stage, seat] = TwinWorker(worker, transport, task, compute)
+
+    def _reach(self, stage: int, seat: int, planned: set[tuple[Point, int]]) -> Reach:
+        def reach(point: Point, step: int) -> None:
+            if (point, step) not in planned:
+                return
+            planned.clear()
+            self.workers[stage, seat].transport.kill()  # from here on nothing it says is heard
+            self.deaths.append(asyncio.ensure_future(self._die(stage, seat)))
+
+        return reach
+
+    async def _die(self, stage: int, seat: int) -> None:
+        await self.kill(stage, seat)
+        if self.restarts:
+            await asyncio.sleep(0.3)
+            await self.start(stage, seat)
 
     async def kill(self, stage: int, seat: int, *, tell: bool = True) -> None:
         """SIGKILL: gone in the middle of whatever it does. `tell`: its host notices, as a process's parent would."""

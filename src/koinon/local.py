@@ -18,7 +18,7 @@ import asyncio
 import queue
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -77,7 +77,10 @@ class League:
         replicas: int | None = None,
         port: int = 0,
         progress: Progress = _quiet,
+        faults: Mapping[tuple[int, int], tuple[tuple[str, int], ...]] | None = None,
     ) -> None:
+        """faults: (stage, seat) -> points and steps at which that seat's first process kills itself, for tests."""
+        self._faults = dict(faults or {})
         self.directory = RunDir(Path(directory))
         self._given, self._resumes, self._trains, self._replicas = spec, resume, trains, replicas
         self._port, self._progress = port, progress
@@ -171,6 +174,7 @@ class League:
             account=f"local-{seat.stage}-{seat.seat}",
             stage=seat.stage,
             secret=stage_secret(self.spec, seat.stage).hex(),
+            faults=self._faults.pop((seat.stage, seat.seat), ()),
         )
         self._host.spawn(seat.number, options)
 

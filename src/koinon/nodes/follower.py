@@ -68,12 +68,15 @@ class RunFollower:
             listener(event, self.state)
 
     def _meet(self, event: ev.Event) -> None:
-        """Learn where members can be reached."""
+        """Learn where members can be reached, and who cannot be any more."""
         match event:
             case ev.Seated(worker=worker, addresses=addresses) if worker != self._transport.me:
                 self._transport.learn(NodeAddr(PeerId(worker), addresses))
             case ev.SeatMoved(member=member, addresses=addresses) if member in self.state.seats:
                 self._transport.learn(NodeAddr(PeerId(self.state.seats[member].worker), addresses))
+            case ev.SeatLeft(member=member) if member in self.state.seats:
+                # Nothing on the wire says that a killed process is gone: its connections would look alive for half a minute.
+                self._transport.hang_up(PeerId(self.state.seats[member].worker), "its seat is void")
             case _:
                 pass
 

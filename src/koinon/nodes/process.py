@@ -34,6 +34,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secret: str | None = None
     """Hex; what a founding replica draws its stage from. Without one: fresh entropy."""
     bind: str = "127.0.0.1:0"
+    faults: tuple[tuple[str, int], ...] = ()
+    """Points and steps at which it kills itself; see `koinon.nodes.faults`."""
     threads: int = 1
 
 
@@ -63,6 +65,7 @@ async def _work(options: WorkerOptions) -> None:
     from koinon.net.iroh_transport import IrohTransport
     from koinon.net.transport import NodeAddr
     from koinon.nodes.compute import ThreadCompute
+    from koinon.nodes.faults import killed_at
     from koinon.nodes.switchboard import Switchboard
     from koinon.nodes.worker import Worker
 
@@ -82,6 +85,7 @@ async def _work(options: WorkerOptions) -> None:
         account=options.account,
         stage=options.stage,
         secret=bytes.fromhex(options.secret) if options.secret else None,
+        reach=killed_at(options.faults),
     )
     address = await transport.start(board.services())
     transport.learn(NodeAddr(PeerId(options.coordinator), options.coordinator_addresses))

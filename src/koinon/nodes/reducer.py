@@ -27,6 +27,7 @@ from koinon.net.transport import Answer, Drop, Transport
 from koinon.nodes import messages as m
 from koinon.nodes.compute import Compute
 from koinon.nodes.engine import SECOND_TOLERANCE, Engine, Prepared, largest_difference, squares
+from koinon.nodes.faults import Point, Reach
 from koinon.nodes.follower import insist
 from koinon.nodes.syncer import Syncer
 from koinon.optim.ownership import owners
@@ -82,10 +83,11 @@ class Reducer:
         coordinator: PeerId,
         state: Callable[[], RunState],
         give_up: Callable[[KoinonError], Coroutine[Any, Any, None]],
+        reach: Reach,
     ) -> None:
         self._spec, self._engine, self._member, self._stage = spec, engine, member, stage
         self._transport, self._compute, self._syncer, self._coordinator = transport, compute, syncer, coordinator
-        self._state, self._give_up = state, give_up
+        self._state, self._give_up, self._reach = state, give_up, reach
         self._inbox: dict[_Slot, asyncio.Future[Any]] = {}
         self._running: tuple[int, int] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -147,9 +149,11 @@ class Reducer:
         engine, me = self._engine, self._member
         shares = Shares.among(engine.sizes, reduce.members, self._state())
         contributors = [mem for mem, bitmap in zip(reduce.members, reduce.sets, strict=True) if bitmap]
+        self._reach(Point.REDUCE, reduce.step)
         async with asyncio.TaskGroup() as pushes:
             if me in contributors:
                 await self._send_slices(reduce, shares, pushes)
+            self._reach(Point.SLICED, reduce.step)
             summed = await self._sum(reduce, shares, contributors)
             lost = await self._ensure_momentum(reduce, shares.summed[me])
             norm = await self._norm(reduce, shares, summed, pushes)
@@ -160,9 +164,11 @@ class Reducer:
                 if other != me and shares.owned[me]:
                     header = m.Updated(self._stage, reduce.step, reduce.attempt, len(mine))
                     pushes.create_task(self._push(reduce, other, header, mine))
+            self._reach(Point.UPDATED, reduce.step)
             whole = await self._gather(reduce, shares, weights)
             await self._check_as_second(reduce, shares, weights, whole)
             held = await self._compute.run(lambda: self._hold(reduce, whole, states))
+        self._reach(Point.HELD, reduce.step)
         message = m.Held(
             me, self._stage, reduce.step, reduce.attempt, held.root, norm, penalised, tuple(lost)
         )  # fmt: skip

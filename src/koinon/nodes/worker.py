@@ -14,14 +14,15 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from koinon.errors import DiskFull, KoinonError, NumericsError, PeerError, Refused
+from koinon.errors import DiskFull, KoinonError, NothingToResume, NumericsError, PeerError, Refused
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
 from koinon.nodes import messages as m
 from koinon.nodes.compute import Compute
 from koinon.nodes.engine import Engine
-from koinon.nodes.flight import unpacked_ids
+from koinon.nodes.faults import Point, Reach, nothing
+from koinon.nodes.flight import packed_ids, unpacked_ids
 from koinon.nodes.follower import RunFollower, insist
 from koinon.nodes.messages import Kind
 from koinon.nodes.reducer import Reducer
@@ -56,9 +57,10 @@ class Worker:
         account: str,
         stage: int | None = None,
         secret: bytes | None = None,
+        reach: Reach = nothing,
     ) -> None:
         """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given."""
-        self._transport, self._key, self._compute = transport, key, compute
+        self._transport, self._key, self._compute, self._reach = transport, key, compute, reach
         self._coordinator, self._account, self._wanted = coordinator, account, stage
         self._addresses: tuple[str, ...] = ()
         self._follower = RunFollower(transport, board, coordinator, run)
@@ -94,20 +96,15 @@ class Worker:
     async def run(self, addresses: tuple[str, ...]) -> None:
         """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin."""
         self._addresses = addresses
-        welcome = await self._join()
-        spec = RunSpec.parse(welcome.spec)
         self._follower.listen(self._on_event)
-        await self._follower.start(self._addresses)
-        await self._until(lambda state: Member(welcome.member) in state.seats)
-        self._spawn(self._heartbeats(welcome.member))
-        self._state = "syncing"
-        self._engine = await self._syncer.begin(welcome, spec, self._follower)
+        welcome, spec, engine = await self._take_seat()
+        self._engine = engine
         self._bench = Workbench(
-            welcome.member, welcome.stage, spec.model.stages, self._engine.step, spec.league.in_flight
+            welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight
         )
         self._reducer = Reducer(
             spec,
-            self._engine,
+            engine,
             Member(welcome.member),
             welcome.stage,
             self._transport,
@@ -116,6 +113,7 @@ class Worker:
             self._coordinator,
             lambda: self.state,
             self._give_up,
+            self._reach,
         )
         self._telemetry.flops_per_item = item_flops(
             spec.model, welcome.stage, spec.train.microbatch, spec.model.context
@@ -139,6 +137,30 @@ class Worker:
         """Let `run` return; it says goodbye first, if it has a seat."""
         self._goodbye = True
         self._ended.set()
+
+    async def _take_seat(self) -> tuple[m.Welcome, RunSpec, Engine]:
+        """Ask for a seat and get its stage's state. If the last member that had it dies meanwhile, ask again: the stage
+        may have to be founded anew, or loaded from this very disk."""
+        while True:
+            welcome = await self._join()
+            await self._follower.start(self._addresses)
+            while Member(welcome.member) not in self.state.seats:
+                await asyncio.sleep(0.01)
+            beats = asyncio.create_task(self._heartbeats(welcome.member))
+            self._state = "syncing"
+            spec = RunSpec.parse(welcome.spec)
+            try:
+                engine = await self._syncer.begin(welcome, spec, self._follower)
+            except NothingToResume as error:
+                log.info("%s", error)
+                beats.cancel()
+                await asyncio.sleep(0.1)
+                continue
+            except BaseException:
+                beats.cancel()
+                raise
+            self._adopt(beats)
+            return welcome, spec, engine
 
     async def _join(self) -> m.Welcome:
         stage, have = self._syncer.inventory(self._wanted)
@@ -221,7 +243,9 @@ class Worker:
         if prepared is None:
             await self._resync()
             return
+        self._reach(Point.COMMIT, event.step)
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
+        self._reach(Point.COMMITTED, event.step)
         self._bench.step = self._engine.step
         self._syncer.prune(self._engine.step)
         self._work.set()
@@ -345,11 +369,14 @@ class Worker:
         ids = item.ids if lease.kind is Kind.SAMPLE else item.ids[:, :-1]
         match job.kind:
             case JobKind.FORWARD:
+                self._reach(Point.FORWARD, lease.step)
                 item.left = engine.forward(item.key, lease.step, ids, item.entered, train=train)
             case JobKind.BACKWARD:
                 assert item.gradient is not None
+                self._reach(Point.BACKWARD, lease.step)
                 item.returned = engine.backward(item.key, lease.step, ids, item.entered, item.gradient, fold=folds)
             case JobKind.FINISH:
+                self._reach(Point.BACKWARD, lease.step)
                 self._finish(item, ids, folds)
 
     def _finish(self, item: Item, ids: Any, folds: bool) -> None:
@@ -370,6 +397,7 @@ class Worker:
     def _after(self, job: Job) -> None:
         assert self._bench
         item = job.item
+        self._reach(Point.FORWARDED if job.kind is JobKind.FORWARD else Point.FOLDED, item.lease.step)
         if job.kind is JobKind.FORWARD:
             if item.gradient is not None:
                 self._claims.set()
@@ -399,7 +427,7 @@ class Worker:
         assert self._bench
         assert item.left is not None
         lease = item.lease
-        ids, packed = _packed(item.ids, self._vocab())
+        ids, packed = packed_ids(item.ids, self._vocab())
         header = m.Forward(lease, ids, len(item.left) + len(packed))
         sent = await self._send(item, member, header, item.left + packed, lambda: item.forward_to == member)
         if sent and lease.kind is not Kind.TRAIN:
@@ -453,6 +481,7 @@ class Worker:
             if not asked and not finished:
                 continue
             for item in asked:
+                self._reach(Point.CLAIM, item.lease.step)
                 item.claim = ClaimState.ASKED
             claims = tuple(m.Claim(i.lease.step, i.lease.microbatch, i.lease.revision) for i in asked)
             try:
@@ -463,6 +492,7 @@ class Worker:
                 granted = m.Granted(())
             assert isinstance(granted, m.Granted)
             for index, item in enumerate(asked):
+                self._reach(Point.CLAIMED, item.lease.step)
                 if item.claim is ClaimState.ASKED:
                     item.claim = ClaimState.GRANTED if index in granted.granted else ClaimState.REFUSED
             self._work.set()
@@ -476,17 +506,15 @@ class Worker:
         message = m.Broken(self._bench.member, f"Stage {self._bench.stage}: {error}")
         await insist(self._transport, self._coordinator, m.CTL, message)
 
-    async def _until(self, holds: Any) -> None:
-        while not holds(self.state):
-            await asyncio.sleep(0.01)
-
     def _telemetry_now(self) -> m.Telemetry:
         queued = sum(1 for _ in self._bench.jobs()) if self._bench else 0
         recomputed = self._engine.recomputed_items if self._engine else 0
         return self._telemetry.as_message(self._state, self._compute.busy_seconds, queued, recomputed)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        self._adopt(asyncio.create_task(work))
+
+    def _adopt(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._observe)
 
@@ -530,8 +558,3 @@ class _Counters:
             memory_mib=memory,
         )
 
-
-def _packed(ids: Any, vocab: int) -> tuple[m.Ids, bytes]:
-    from koinon.nodes.flight import packed_ids
-
-    return packed_ids(ids, vocab)

@@ -10,6 +10,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,20 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> s
     """A definition without its body; for a class, with its fields."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, [*node.bases, *node.keywords]))
-        fields = [
-            f"    {ast.unparse(part)}" for part in node.body if isinstance(part, ast.AnnAssign) and _is_public(part)
-        ]
-        return "\n".join([f"class {node.name}({bases}):" if bases else f"class {node.name}:", *fields])
+        return "\n".join([f"class {node.name}({bases}):" if bases else f"class {node.name}:", *_fields(node)])
     shell = ast.parse(ast.unparse(node)).body[0]
     assert isinstance(shell, ast.FunctionDef | ast.AsyncFunctionDef)
     shell.body, shell.decorator_list = [ast.Expr(ast.Constant(...))], []
     return ast.unparse(shell).replace(":\n    ...", ": ...")
+
+
+def _fields(node: ast.ClassDef) -> Iterator[str]:
+    """Public fields, each with the docstring below it as a comment above it."""
+    for part, below in zip_longest(node.body, node.body[1:]):
+        if isinstance(part, ast.AnnAssign) and _is_public(part):
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                yield from (f"    # {line}" for line in inspect.cleandoc(str(below.value.value)).splitlines())
+            yield f"    {ast.unparse(part)}"
 
 
 def _is_public(field: ast.AnnAssign) -> bool:

@@ -22,9 +22,10 @@ _REASON_LIMIT: Final = 2000
 
 
 class Refusal(Header, frozen=True, tag="refusal"):
-    """The request was refused, for this reason."""
+    """The request was refused, for this reason. `last`: where one frame ends is lost, so the stream ends here."""
 
     reason: str
+    last: bool = False
 
 
 class Go(Header, frozen=True, tag="go"):
@@ -52,8 +53,8 @@ Encoded: TypeAlias = tuple[bytes, memoryview]
 """Head (length prefix and header) and body of a reply that is ready to be sent."""
 
 
-def refusal(reason: str) -> Encoded:
-    return VERBS.head(Refusal(reason[:_REASON_LIMIT])), memoryview(b"")
+def refusal(reason: str, *, last: bool = False) -> Encoded:
+    return VERBS.head(Refusal(reason[:_REASON_LIMIT], last)), memoryview(b"")
 
 
 async def answer(

@@ -107,7 +107,7 @@ _release_buffer: Final = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(("PyBuffer_Rel
 def _lower(rust_buffer: Any, value: Any) -> Any:
     """A Rust buffer with length and content of any contiguous buffer; lengths are bytes, never elements.
 
-    Raises TypeError for what is no buffer, BufferError for one with gaps, ValueError for 2 GiB and more.
+    Raises TypeError for what is no buffer, BufferError or ValueError for one with gaps, ValueError for 2 GiB and more.
     """
     view = _PyBuffer()
     _get_buffer(value, ctypes.addressof(view), 0)

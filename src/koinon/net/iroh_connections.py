@@ -100,14 +100,26 @@ class Connections:
 
     async def connect(self, peer: PeerId, alpn: str) -> Channel:
         """A standing connection, or a new one; concurrent callers share one dial. Raises what `dial` raises."""
-        for channel in self._channels.get((peer, alpn), ()):
-            if not channel.retired:
-                return channel
-        dial = self._dials.get((peer, alpn))
-        if dial is None:
-            dial = self._dials[peer, alpn] = asyncio.ensure_future(self.dial(peer, alpn))
-            dial.add_done_callback(lambda done: self._dialled(peer, alpn, done))
-        return await asyncio.shield(dial)
+        while True:
+            for channel in self._channels.get((peer, alpn), ()):
+                if not channel.retired:
+                    return channel
+            dial = self._dials.get((peer, alpn))
+            if dial is None:
+                dial = self._dials[peer, alpn] = asyncio.ensure_future(self.dial(peer, alpn))
+                dial.add_done_callback(lambda done: self._dialled(peer, alpn, done))
+            try:
+                return await asyncio.shield(dial)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not dial.cancelled() or (task is not None and task.cancelling()):
+                    raise  # the caller was cancelled; otherwise the address was, and the peer is elsewhere now
+
+    def moved(self, peer: PeerId) -> None:
+        """The peer has other addresses now: whoever waits for an answer from the old ones dials anew."""
+        for (other, _), dial in list(self._dials.items()):
+            if other == peer:
+                dial.cancel()
 
     async def dial(self, peer: PeerId, alpn: str) -> Channel:
         """One more connection. Raises PeerUnreachable, Refused, ProtocolMismatch."""
@@ -140,7 +152,8 @@ class Connections:
         return Channel(connection, peer, alpn, self._edges.count(peer, alpn))
 
     def _dialled(self, peer: PeerId, alpn: str, done: asyncio.Task[Channel]) -> None:
-        self._dials.pop((peer, alpn), None)
+        if self._dials.get((peer, alpn)) is done:
+            del self._dials[peer, alpn]
         if not done.cancelled():
             done.exception()  # seen: every caller that waited got it, and there may be none left
 

@@ -77,8 +77,13 @@ class Pipe:
         return body
 
     async def finish(self) -> None:
-        """No more frames from this side."""
+        """No more frames from this side; what was written still arrives."""
         await self._try(self._send.finish())
+
+    async def turn_away(self) -> None:
+        """No more frames from either side; what was written still arrives."""
+        await self.finish()
+        await self._try(self._recv.stop(ABANDONED))
 
     async def abandon(self) -> None:
         """Give the stream up: what is under way on it is not wanted any more."""

@@ -15,7 +15,7 @@ import msgspec
 
 from koinon.errors import FrameError, FrameTooLarge, PeerError
 from koinon.net import desk
-from koinon.net.desk import VERBS, Go
+from koinon.net.desk import VERBS, Go, Refusal
 from koinon.net.exchange import EAGER, Call, Exchange, Timer
 from koinon.net.frames import Wire, body_size
 from koinon.net.identity import NodeKey
@@ -68,6 +68,12 @@ class IrohTransport(Exchange):
         await self._connections.close()
         await asyncio.gather(*ending, return_exceptions=True)
 
+    def learn(self, addr: NodeAddr) -> None:
+        known = self._addresses.get(addr.peer)
+        super().learn(addr)
+        if known is not None and known.addresses != addr.addresses:
+            self._connections.moved(addr.peer)
+
     def hang_up(self, peer: PeerId, reason: str) -> None:
         """See `Transport.hang_up`."""
         for channel in self._connections.all():
@@ -100,7 +106,10 @@ class IrohTransport(Exchange):
         except BaseException:
             await channel.discard(pipe)
             raise
-        channel.give(pipe)
+        if isinstance(reply.header, Refusal) and reply.header.last:
+            await channel.discard(pipe)
+        else:
+            channel.give(pipe)
         return reply
 
     async def _speak(self, pipe: Pipe, call: Call, timer: Timer) -> Reply:
@@ -148,7 +157,6 @@ class IrohTransport(Exchange):
                 await self._serve_lane(channel.peer, pipe)
             else:
                 await self._serve_requests(channel, pipe)
-            await pipe.finish()
         except ConnectionLost:
             pass  # the caller gave up, or the connection ended: whoever attends to it knows
         except PeerError as error:
@@ -160,9 +168,11 @@ class IrohTransport(Exchange):
         try:
             while (header := await pipe.header(service.requests)) is not None:
                 await self._answer(channel.peer, pipe, service, wire, header)
+            await pipe.finish()
         except FrameError as error:
-            await pipe.write(*desk.refusal(str(error)))  # the caller learns why before the stream ends
-            raise
+            log.info("turned away a stream of %s on %s: %s", channel.peer[:10], channel.alpn, error)
+            await pipe.write(*desk.refusal(str(error), last=True))
+            await pipe.turn_away()
 
     async def _answer(self, peer: PeerId, pipe: Pipe, service: Service, wire: Wire, header: msgspec.Struct) -> None:
         nbytes = body_size(header)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from koinon.errors import KoinonError, RunExists, StateError
+from koinon.errors import KoinonError, StateError
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr
 from koinon.nodes.control import Control, OpenRun, Progress, create, reopen, resume_point, stage_secret
@@ -34,7 +34,8 @@ from koinon.nodes.process import STATE_LIMIT, WorkerOptions
 from koinon.nodes.rundir import RunDir
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
-from koinon.run.spec import RunSpec
+from koinon.run.events import Member
+from koinon.run.spec import RunSpec, recipes
 from koinon.run.state import Phase, RunState, SeatStatus
 from koinon.units import PeerId
 
@@ -104,7 +105,7 @@ class League:
         return self._controlled().coordinator.state
 
     @property
-    def telemetry(self) -> dict[int, Telemetry]:
+    def telemetry(self) -> dict[Member, Telemetry]:
         """What each member told of itself last. For people."""
         return dict(self._controlled().coordinator.telemetry)
 
@@ -136,12 +137,7 @@ class League:
     def _open(self) -> OpenRun:
         if self._resumes:
             return reopen(self.directory)
-        spec = self._given if isinstance(self._given, RunSpec) else RunSpec.load(str(self._given))
-        if self.directory.is_run:
-            raise RunExists(
-                f"{self.directory.path} holds a run already. Add --resume to go on with it, or choose another directory."
-            )
-        return create(spec, self.directory, self._progress)
+        return create(spec_of(self._given), self.directory, self._progress)
 
     async def _begin(self, run: OpenRun) -> None:
         from koinon.net.iroh_transport import IrohTransport
@@ -257,6 +253,15 @@ class League:
         if self._control is None:
             raise StateError("The league has not been started: use it as a context manager.")
         return self._control
+
+
+def spec_of(given: RunSpec | str | Path | None) -> RunSpec:
+    """A spec as it is, from a file, or by the name of a recipe. Raises SpecError."""
+    if isinstance(given, RunSpec):
+        return given
+    if isinstance(given, str) and given in recipes():
+        return RunSpec.recipe(given)
+    return RunSpec.load(given or "spec.toml")
 
 
 async def _resume_step(directory: RunDir, state: RunState) -> int:

@@ -7,13 +7,15 @@ Knows nothing of who starts the workers.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from koinon.data import Dataset, prepare
-from koinon.errors import NothingToResume
+from koinon.errors import DiskFull, NothingToResume, RunExists
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr, Transport
 from koinon.nodes import messages as m
@@ -58,34 +60,48 @@ def stage_secret(spec: RunSpec, stage: int) -> bytes:
 
 def create(spec: RunSpec, directory: RunDir, progress: Progress) -> OpenRun:
     """A new run: data first, then the spec, then the log. Raises RunExists, DataError, DiskFull."""
-    directory.path.mkdir(parents=True, exist_ok=True)
-    directory.key.parent.mkdir(exist_ok=True)
+    if directory.log.exists():
+        raise RunExists(
+            f"{directory.path} holds a run already. `--resume` goes on with it; or choose another directory."
+        )
+    directory.key.parent.mkdir(parents=True, exist_ok=True)
     key = NodeKey.load_or_create(directory.key)
+    dataset = prepare(spec.data, directory.data, progress)
+    _write(directory.spec, spec.to_toml())
     log: RunLog[ev.Event] = RunLog.create(
         directory.log, key, run=RunId(spec.run_id), encode=ev.encode, decode=ev.decode
     )
+    return OpenRun(directory, spec, log, _opened(spec, log, key), dataset, key)
+
+
+def _opened(spec: RunSpec, log: RunLog[ev.Event], key: NodeKey) -> RunState:
+    """The state after the first event, which is written here if the log has none."""
+    log.begin_term(max(1, log.term))
+    opened = ev.RunOpened(
+        spec.run_id,
+        spec.to_toml(),
+        key.peer_id,
+        key.peer_id,
+        spec.model.stages,
+        spec.train.microbatches,
+        hashlib.sha256(sampling_seed(spec)).hexdigest(),
+        at=time.time(),
+    )
+    log.append(opened, sync=True)
+    return fold([opened])
+
+
+def _write(path: Path, text: str) -> None:
+    """Wholly or not at all. Raises DiskFull."""
+    draft = path.with_suffix(".draft")
     try:
-        dataset = prepare(spec.data, directory.data, progress)
-        directory.spec.write_text(spec.to_toml())
-        seed = sampling_seed(spec)
-        log.begin_term(1)
-        opened = ev.RunOpened(
-            spec.run_id,
-            spec.to_toml(),
-            key.peer_id,
-            key.peer_id,
-            spec.model.stages,
-            spec.train.batch // spec.train.microbatch,
-            hashlib.sha256(seed).hexdigest(),
-            at=time.time(),
-        )
-        log.append(opened)
-    except BaseException:
-        log.close()
-        if not directory.spec.exists():
-            directory.log.unlink()  # nothing has happened yet: the directory can be used again
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise DiskFull(f"No room to write {path}: free some, then start again.") from error
         raise
-    return OpenRun(directory, spec, log, fold([opened]), dataset, key)
 
 
 def reopen(directory: RunDir) -> OpenRun:
@@ -95,7 +111,7 @@ def reopen(directory: RunDir) -> OpenRun:
     key = NodeKey.load_or_create(directory.key)
     log: RunLog[ev.Event] = RunLog.open(directory.log, key, run=RunId(spec.run_id), encode=ev.encode, decode=ev.decode)
     try:
-        state = fold(log.events())
+        state = fold(log.events()) if log.head.seq else _opened(spec, log, key)
         dataset = Dataset.open(directory.data)
     except BaseException:
         log.close()

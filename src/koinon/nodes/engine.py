@@ -9,6 +9,7 @@ Knows nothing of peers, leases or time.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,10 +115,11 @@ class Engine:
                 self.recomputed_items += 1
                 graph = self._run_forward(tokens, entered)
             arriving = codec.decode(gradient, self.config.codec, tokens.numel(), self.config.boundary_width)
-            return self._run_backward(graph, graph.left, arriving, fold=fold)
+            return self._run_backward(key, graph, graph.left, arriving, fold=fold)
 
     def finish(
         self,
+        key: Key,
         step: int,
         ids: NDArray[np.int64],
         targets: NDArray[np.int64],
@@ -140,7 +142,7 @@ class Engine:
                     "the last committed step is intact."
                 )
             scaled = cost / step_tokens
-            return value, self._run_backward(_Graph(leaf, scaled), scaled, None, fold=fold)
+            return value, self._run_backward(key, _Graph(leaf, scaled), scaled, None, fold=fold)
 
     def cost(self, step: int, ids: NDArray[np.int64], targets: NDArray[np.int64], entered: bytes | None) -> float:
         """Last stage: summed cost without a gradient."""
@@ -189,7 +191,9 @@ class Engine:
         self._graph_bytes = max(1, sum(size for pointer, size in seen.items() if pointer not in weights))
         return graph
 
-    def _run_backward(self, graph: _Graph, output: Tensor, arriving: Tensor | None, *, fold: bool) -> bytes | None:
+    def _run_backward(
+        self, key: Key, graph: _Graph, output: Tensor, arriving: Tensor | None, *, fold: bool
+    ) -> bytes | None:
         if fold:
             torch.autograd.backward(output, arriving)
             gradient = None if graph.entered is None else graph.entered.grad
@@ -197,13 +201,20 @@ class Engine:
             return None
         else:
             (gradient,) = torch.autograd.grad(output, graph.entered, arriving)
-        return None if gradient is None else self._encoded(gradient)
+        return None if gradient is None else self._encoded(gradient, self._dither(key))
+
+    def _dither(self, key: Key) -> torch.Generator | None:
+        """Seeded by the item, so that a re-execution rounds as the first execution did."""
+        if self.config.gradient_rounding != "stochastic":
+            return None
+        seed = hashlib.sha256(repr((key, self.stage.index)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(seed[:8], "big") >> 1)
 
     def _has_room(self) -> bool:
         return (len(self._graphs) + 1) * self._graph_bytes <= self._budget
 
-    def _encoded(self, rows: Tensor) -> bytes:
-        return codec.encode(rows, self.config.codec)
+    def _encoded(self, rows: Tensor, dither: torch.Generator | None = None) -> bytes:
+        return codec.encode(rows, self.config.codec, dither=dither)
 
     def _decoded(self, entered: bytes | None, tokens: int) -> Tensor | None:
         if entered is None:
@@ -295,7 +306,9 @@ class Engine:
         return weights, states
 
     def penalised_squares(self) -> float:
-        """Sum of squares of the weights that J's penalty counts."""
+        """Sum of squares of the weights that J's penalty counts; 0 where J has none."""
+        if not self.optim.l2:
+            return 0.0
         trained = self.stage.trained()
         return math.fsum(
             float(trained[n].detach().double().square().sum()) for n in self.names if self.stage.penalised(n)

@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import msgspec
-
-from koinon.errors import FrameMalformed, LogGap, PeerError, Refused
+from koinon.errors import LogGap, PeerError, Refused
 from koinon.net.transport import Answer, NodeAddr, Transport
 from koinon.nodes import messages as m
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
-from koinon.run.record import Follower, Record
+from koinon.run.record import Follower, decode_record
 from koinon.run.state import RunState, apply
 from koinon.units import PeerId, RunId
 
-_records = msgspec.msgpack.Decoder(Record)
 Listener = Callable[[ev.Event, RunState], None]
 
 
@@ -48,20 +45,16 @@ class RunFollower:
     async def _records(self, peer: PeerId, message: m.Records, _body: bytearray) -> Answer:
         if peer != self._coordinator:
             raise Refused("Only the coordinator of the run pushes its log.")
-        for raw in message.records:
-            self._take(raw)
+        records = [decode_record(raw) for raw in message.records]
+        try:
+            twins = self._follower.accept_all(records)
+        except LogGap:
+            return m.Ack(self.next_seq)  # from here on, please
+        for record in records[twins:]:
+            self._take(ev.decode(record.event))
         return m.Ack(self.next_seq)
 
-    def _take(self, raw: bytes) -> None:
-        try:
-            record = _records.decode(raw)
-            if not self._follower.accept(record):
-                return
-        except LogGap:
-            return  # the acknowledgement says from where to send again
-        except msgspec.DecodeError as error:
-            raise FrameMalformed(f"A log record cannot be read: {error}") from error
-        event = ev.decode(record.event)
+    def _take(self, event: ev.Event) -> None:
         self.state = apply(self.state, event)
         self._meet(event)
         for listener in self._listeners:

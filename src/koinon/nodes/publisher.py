@@ -13,8 +13,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import msgspec
-
 from koinon.errors import PeerError
 from koinon.net.transport import Transport
 from koinon.nodes import messages as m
@@ -26,7 +24,6 @@ BATCH_BYTES = 32 * 1024
 """Records in one push: well under the largest header a frame may have."""
 REMEMBERED = 4096
 """Records kept in memory for followers that keep up."""
-_encode = msgspec.msgpack.Encoder().encode
 
 
 class Publisher:
@@ -56,7 +53,7 @@ class Publisher:
 
     def publish(self, records: Sequence[Record]) -> None:
         """These were just appended."""
-        self._recent.extend((record.seq, _encode(record)) for record in records)
+        self._recent.extend((record.seq, record.encode()) for record in records)
         self._news.set()
         self._news = asyncio.Event()
 
@@ -95,4 +92,4 @@ class Publisher:
             start = cursor - self._recent[0][0]
             yield from (raw for _, raw in itertools.islice(self._recent, start, None))
         else:
-            yield from (_encode(record) for record in self._log.records(cursor))
+            yield from (record.encode() for record in self._log.records(cursor))

@@ -46,13 +46,9 @@ class RunDir:
             found[int(stage), int(seat)] = folder
         return found
 
-    @property
-    def is_run(self) -> bool:
-        return self.log.exists() and self.spec.exists()
-
     def require(self) -> RunDir:
         """Itself, if a run lies here. Raises NotARun."""
-        if not self.is_run:
+        if not self.log.exists():  # it is written last
             raise NotARun(
                 f"There is no run in {self.path}. `koinon run SPEC.toml --dir {self.path}` starts one there; "
                 "`koinon demo` shows one."

@@ -66,7 +66,7 @@ class Syncer:
     ) -> None:
         self._transport, self._compute, self._directory, self._secret = transport, compute, directory, secret
         self._engine: Engine | None = None
-        self._keep = 3
+        self._keep, self._every, self._steps = 3, 1, 0
         self._state: Callable[[], RunState] = RunState
         directory.mkdir(parents=True, exist_ok=True)
         board.on(m.StateWanted, self._on_state_wanted)
@@ -81,7 +81,7 @@ class Syncer:
     async def begin(self, welcome: m.Welcome, spec: RunSpec, follower: RunFollower) -> Engine:
         """Found, load or fetch, as the coordinator said. Raises StateError if none of them can be done."""
         self._state = lambda: follower.state
-        self._keep = spec.train.keep_snapshots
+        self._keep, self._every, self._steps = spec.train.keep_snapshots, spec.train.snapshot_every, spec.train.steps
         config = spec.model
         match welcome.begin:
             case "found":
@@ -134,7 +134,9 @@ class Syncer:
         return _states(_tensors(reply.body)) if reply.body else {}
 
     def save(self, engine: Engine, prepared: Prepared) -> None:
-        """Write a snapshot. Raises DiskFull. In the compute thread."""
+        """Write a snapshot, if one is due at that step. Raises DiskFull. In the compute thread."""
+        if prepared.step % self._every and prepared.step != self._steps:
+            return
         label = Label(engine.stage.index, prepared.step, prepared.root)
         tensors = _over(engine.stage.frozen(), _FROZEN) | _over(prepared.weights, _WEIGHTS)
         for name, state in prepared.momentum.items():

@@ -60,6 +60,7 @@ class Trainer:
     ) -> None:
         """trains: False serves samples of the weights as they are, and opens no step."""
         self._trains = trains
+        self._has_heldout = dataset.tokens_heldout > spec.model.context
         self.spec, self._dataset, self._seed, self._transport, self._key = spec, dataset, seed, transport, key
         self._coordinator, self._follower, self._loads, self._clock = coordinator, follower, loads, clock
         self._flights: dict[tuple[int, int, int], Flight] = {}
@@ -190,6 +191,8 @@ class Trainer:
 
     def _evaluation_due(self, step: int) -> bool:
         train = self.spec.train
+        if not self._has_heldout:
+            return False
         if self.state.heldout is not None and self.state.heldout[0] >= step:
             return False
         return step == train.steps or (train.eval_every > 0 and step % train.eval_every == 0)
@@ -356,11 +359,11 @@ class Trainer:
 
     def _complete(self) -> None:
         steps = self.spec.train.steps
-        heldout = self.state.heldout
-        if self.state.step >= steps and heldout is not None and heldout[0] >= steps and not self._samples:
-            if self._asked.get(-1) is None:
-                self._asked[-1] = (steps, 0, 0)
-                self._report(ev.RunCompleted(steps))
+        if self.state.step < steps or self._asked.get(-1) is not None:
+            return
+        if not self._evaluation_due(steps) and (self._measured or 0) >= steps - 1:
+            self._asked[-1] = (steps, 0, 0)
+            self._report(ev.RunCompleted(steps))
 
     def _nudge_late(self) -> None:
         """A microbatch that has not moved for long: offer it to all on its route again. Repeats are harmless."""

@@ -13,6 +13,7 @@ from enum import Enum, auto
 from typing import Any
 
 from koinon.nodes.messages import Kind, Lease
+from koinon.run.policies.schedule import pick_job
 
 Key = tuple[int, int, int]
 
@@ -60,8 +61,22 @@ class JobKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
+    """As `policies.schedule` sees it."""
+
     kind: JobKind
     item: Item
+
+    @property
+    def step(self) -> int:
+        return self.item.lease.step
+
+    @property
+    def microbatch(self) -> int:
+        return self.item.lease.microbatch
+
+    @property
+    def is_backward(self) -> bool:
+        return self.kind is not JobKind.FORWARD
 
 
 @dataclass(slots=True)
@@ -131,7 +146,7 @@ class Workbench:
 
     def next_job(self) -> Job | None:
         """Backward before forward, the older step and the lower microbatch first: 1F1B."""
-        return min(self.jobs(), key=_urgency, default=None)
+        return pick_job(self.jobs())
 
     def void(self, step: int) -> None:
         """The accumulators were emptied: what had been folded at this step has to be folded again, by whoever holds it."""
@@ -162,8 +177,3 @@ class Workbench:
         return item.lease.step == self.step or (
             item.lease.step == self.step - 1 and not item.lease.folds_at(self.stage)
         )
-
-
-def _urgency(job: Job) -> tuple[int, int, int, int]:
-    lease = job.item.lease
-    return (int(job.kind is JobKind.FORWARD), lease.step, int(lease.kind), lease.microbatch)

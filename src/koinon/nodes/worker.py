@@ -99,9 +99,7 @@ class Worker:
         self._follower.listen(self._on_event)
         welcome, spec, engine = await self._take_seat()
         self._engine = engine
-        self._bench = Workbench(
-            welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight
-        )
+        self._bench = Workbench(welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight)
         self._reducer = Reducer(
             spec,
             engine,
@@ -386,7 +384,7 @@ class Worker:
             case Kind.TRAIN:
                 targets = item.ids[:, 1:]
                 item.value, item.returned = engine.finish(
-                    lease.step, ids, targets, item.entered, lease.step_tokens, fold=folds
+                    item.key, lease.step, ids, targets, item.entered, lease.step_tokens, fold=folds
                 )
             case Kind.EVAL:
                 item.value = engine.cost(lease.step, ids, item.ids[:, 1:], item.entered)
@@ -557,4 +555,3 @@ class _Counters:
             recomputed_flops=recomputed * self.flops_per_item // 3,
             memory_mib=memory,
         )
-

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol, TypeAlias
 
@@ -178,6 +178,26 @@ class Follower:
         self._recent.append(record)
         self.head = record.head
         return True
+
+    def accept_all(self, records: Sequence[Record]) -> int:
+        """Take a batch of consecutive records; returns how many of them, from the first, are twins of what is held.
+
+        The last one's signature vouches for all before it, through the chain: a batch costs one verification. Errors as
+        in `accept`, and then nothing of the batch was taken.
+        """
+        twins = sum(record.seq <= self.head.seq for record in records)
+        for record in records[:twins]:
+            check_signed(record, run=self.run, issuer=self.issuer)
+            self._meet_again(record)
+        head = self.head
+        for record in records[twins:]:
+            check_follows(head, record)
+            head = record.head
+        if twins < len(records):
+            check_signed(records[-1], run=self.run, issuer=self.issuer)
+            self._recent.extend(records[twins:])
+            self.head = head
+        return twins
 
     def _meet_again(self, record: Record) -> bool:
         """A place that is held already: a harmless twin, a second head, or a coordinator of another term."""

@@ -17,12 +17,13 @@ import pytest
 
 from koinon.errors import DeadlinePassed, FrameMalformed, PeerError, PortInUse, Refused, TransportUnusable
 from koinon.net import iroh_buffers, iroh_calls
+from koinon.net.clock import run_virtual
 from koinon.net.desk import VERBS
 from koinon.net.frames import FrameReader
 from koinon.net.iroh_channel import HELLO
 from koinon.net.iroh_connections import MAX_CHANNELS
 from koinon.net.iroh_transport import IrohTransport
-from koinon.net.lanes import LANE, PIECE, Collections, Piece
+from koinon.net.lanes import LANE, Collections, Piece, piece_size
 from koinon.net.stripes import WIDTHS
 from koinon.net.transport import Hello, NodeAddr
 from koinon.units import Seconds
@@ -157,20 +158,50 @@ def test_a_lane_that_fails_leaves_its_pieces_to_the_others() -> None:
     play("iroh", scene)
 
 
-def test_a_piece_that_was_not_announced_or_has_no_place_is_refused() -> None:
+def test_a_piece_that_has_no_place_is_refused_and_a_repeat_changes_nothing() -> None:
     async def main() -> None:
-        collections, token = Collections(), b"t" * 16
-        collecting = asyncio.ensure_future(collections.collect(key("a").peer_id, token, 2 * PIECE))
+        collections, peer, token, piece = Collections(), key("a").peer_id, b"t" * 16, 1000
+        collecting = asyncio.ensure_future(collections.collect(peer, token, 2500, piece))
         await asyncio.sleep(0)
-        pipe: Any = SimpleNamespace(body=lambda nbytes: asyncio.sleep(0, bytearray(nbytes)))
-        for offset, nbytes in ((1, PIECE), (0, PIECE - 1), (2 * PIECE, PIECE), (1 << 40, 1)):
+        answered: list[bytes] = []
+        fill = iter(b"abcdef")
+
+        async def body(nbytes: int) -> bytearray:
+            return bytearray([next(fill)]) * nbytes
+
+        async def write(head: bytes) -> None:
+            answered.append(head)
+
+        pipe: Any = SimpleNamespace(body=body, write=write)
+        for offset, nbytes in ((1, 1000), (0, 999), (2000, 1000), (3000, 1000), (1 << 40, 1)):
             with pytest.raises(FrameMalformed):
-                await collections.add(key("a").peer_id, Piece(token, offset, nbytes), pipe)
-        for offset in (PIECE, PIECE, 0):
-            await collections.add(key("a").peer_id, Piece(token, offset, PIECE), pipe)
-        assert len(await collecting) == 2 * PIECE
+                await collections.add(peer, Piece(token, offset, nbytes), pipe)
+        for offset in (2000, 0, 0, 1000):
+            await collections.add(peer, Piece(token, offset, min(1000, 2500 - offset)), pipe)
+        assert await collecting == b"b" * 1000 + b"d" * 1000 + b"a" * 500
+        assert len(answered) == 4
 
     asyncio.run(main())
+
+
+def test_a_piece_of_another_peer_s_body_waits_in_vain() -> None:
+    async def main() -> None:
+        collections, token = Collections(), b"t" * 16
+        collecting = asyncio.ensure_future(collections.collect(key("a").peer_id, token, 10, 10))
+        await asyncio.sleep(0)
+        with pytest.raises(FrameMalformed, match="not announced"):
+            await collections.add(key("b").peer_id, Piece(token, 0, 10), SimpleNamespace())  # type: ignore[arg-type]
+        collecting.cancel()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("nbytes", [512 * 1024 + 1, 1 << 20, 8 << 20, 1 << 30])
+def test_every_lane_gets_pieces_and_none_is_tiny(nbytes: int) -> None:
+    for lanes in WIDTHS[1:]:
+        piece = piece_size(nbytes, lanes)
+        assert 16 * 1024 <= piece <= 256 * 1024
+        assert nbytes / piece >= lanes
 
 
 async def stranger(net: Net, address: str) -> tuple[Any, Any]:

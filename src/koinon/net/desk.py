@@ -41,9 +41,10 @@ class Inline(Header, frozen=True, tag="inline"):
 
 
 class Striped(Header, frozen=True, tag="striped"):
-    """The large body comes in pieces over the lanes, marked with this token."""
+    """The large body comes over the lanes, in pieces of that size but the last, marked with this token."""
 
     token: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    piece: Annotated[int, msgspec.Meta(ge=16 * 1024, le=1024 * 1024)]
 
 
 VERBS: Final = Wire(Accepted, Busy, Drop, Refusal, Go, Arrived, Inline, Striped)

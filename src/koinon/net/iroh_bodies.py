@@ -50,8 +50,8 @@ class Bodies:
         match await pipe.header(VERBS):
             case Inline():
                 body = await pipe.body(nbytes)
-            case Striped(token=token):
-                body = await self._collections.collect(peer, token, nbytes)
+            case Striped(token=token, piece=piece):
+                body = await self._collections.collect(peer, token, nbytes, piece)
             case other:
                 raise FrameMalformed(f"{peer[:10]} said {other!r} instead of how a large body comes.")
         await pipe.write(VERBS.head(Arrived()))
@@ -68,7 +68,7 @@ class Bodies:
         if len(standing) < 2:
             await pipe.write(VERBS.head(Inline()), body)
             return 1
-        token = secrets.token_bytes(16)
-        await pipe.write(VERBS.head(Striped(token)))
-        await lanes.send_pieces(standing, token, body)
+        token, piece = secrets.token_bytes(16), lanes.piece_size(len(body), len(standing))
+        await pipe.write(VERBS.head(Striped(token, piece)))
+        await lanes.send_pieces(standing, token, body, piece)
         return len(standing)

@@ -73,9 +73,10 @@ class TwinLeague:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.control.close("the test is over")
+        await self.control.drain("the test is over")
         for stage, seat in list(self.workers):
             await self.kill(stage, seat, tell=False)
+        await self.control.close()
 
     def snapshots(self, state: RunState) -> dict[int, dict[int, str]]:
         order = [

@@ -217,11 +217,13 @@ class League:
             task.cancel()
         try:
             if self._control is not None:
-                await self._control.close(reason)
+                await self._control.drain(reason)
+        finally:
+            await self._host.close()  # workers say goodbye to a coordinator that still listens
+            if self._control is not None:
+                await self._control.close()
             elif self._run is not None:
                 self._run.log.close()
-        finally:
-            await self._host.close()
 
     # --- what can be done to it
 

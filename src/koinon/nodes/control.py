@@ -29,11 +29,14 @@ from koinon.run.events import Member
 from koinon.run.log import RunLog
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, fold
-from koinon.units import RunId
+from koinon.units import RunId, Seconds
 
 Progress = Callable[[str, int, int], None]
 Snapshots = Mapping[int, Mapping[int, str]]
 """Stage -> step -> root, of every snapshot on this machine that was verified against the log."""
+
+
+DRAIN = Seconds(5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +190,14 @@ class Control:
         for task in done:
             task.result()
 
-    async def close(self, reason: str) -> None:
-        """Drain: log why, tell everyone, stop. Safe to call twice."""
+    async def drain(self, reason: str) -> None:
+        """Log why, and give everyone the time to read it. The directory can be resumed. Twice is once."""
         if self.coordinator.state.phase is Phase.TRAINING:
             self.coordinator.stop(reason)
-            await asyncio.wait(self._tasks, timeout=5.0)
+            await asyncio.wait(self._tasks, timeout=DRAIN.value)
+
+    async def close(self) -> None:
+        """Stop. Call it when the workers are gone: until then they are answered."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -230,7 +230,8 @@ class Coordinator:
 
     async def _on_leave(self, peer: PeerId, message: m.Leave, _body: bytearray) -> Answer:
         seat = self._seat(peer, message.member)
-        self.write(ev.SeatLeft(seat.member, message.reason[:200]))
+        if self.state.phase not in (Phase.STOPPED, Phase.FAILED):
+            self.write(ev.SeatLeft(seat.member, message.reason[:200], drained=True))
         return m.Ack()
 
     async def _on_broken(self, peer: PeerId, message: m.Broken, _body: bytearray) -> Answer:

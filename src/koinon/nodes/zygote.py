@@ -15,7 +15,6 @@ import json
 import os
 import selectors
 import signal
-import sys
 from typing import Any
 
 GRACE_SECONDS = 5.0
@@ -102,8 +101,12 @@ class Zygote:
 
 
 if __name__ == "__main__":
+    import torch
+
     import koinon.net.iroh_transport
     import koinon.nodes.worker  # noqa: F401  - torch and all: what the workers share
+    from koinon.nodes.engine import warm_up
 
-    sys.stdout.flush()
+    torch.set_num_threads(1)
+    warm_up()
     Zygote().run()

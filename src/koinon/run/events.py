@@ -76,10 +76,11 @@ class Returned(_Event, frozen=True):
 
 
 class SeatLeft(_Event, frozen=True):
-    """The member is gone for good: it drained, or its grace time passed, or its process ended."""
+    """The member is gone for good: its process ended, or its grace time passed, or it said goodbye (`drained`)."""
 
     member: Member
     reason: str
+    drained: bool = False
 
 
 class Excluded(_Event, frozen=True):

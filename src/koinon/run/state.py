@@ -173,11 +173,11 @@ def apply(state: RunState, event: Event) -> RunState:
         case ev.SeatMoved(member=member, addresses=addresses):
             return _set_seat(state, member, addresses=addresses)
         case ev.Unreachable(member=member):
-            return _gone(state, member, SeatStatus.UNREACHABLE)
+            return _gone(state, member, SeatStatus.UNREACHABLE, counts=True)
         case ev.Returned(member=member):
             return _set_seat(state, member, status=SeatStatus.SYNCING)
-        case ev.SeatLeft(member=member):
-            return _gone(state, member, SeatStatus.LEFT)
+        case ev.SeatLeft(member=member, drained=drained):
+            return _gone(state, member, SeatStatus.LEFT, counts=not drained)
         case ev.Excluded(member=member, step=step):
             return _excluded(state, member, step)
         case ev.ItemsReleased(items=items):
@@ -277,15 +277,15 @@ def _set_seat(
     return replace(state, seats={**state.seats, member: changed})
 
 
-def _gone(state: RunState, member: Member, status: SeatStatus) -> RunState:
+def _gone(state: RunState, member: Member, status: SeatStatus, *, counts: bool) -> RunState:
     seat = state.seats.get(member)
     if seat is None or seat.status in (SeatStatus.LEFT, status):
         return state
     state = _abort_reduce_with(state, seat.stage, member)
     state = _set_seat(state, member, status=status)
     if status is SeatStatus.LEFT:
-        return _count(state, vanished=1)
-    return _count(state, unreachable=1)
+        return _count(state, vanished=int(counts))
+    return _count(state, unreachable=int(counts))
 
 
 def _excluded(state: RunState, member: Member, step: int) -> RunState:

@@ -20,6 +20,7 @@ from koinon.net.identity import NodeKey
 from koinon.net.passes import Pass, issue
 from koinon.net.transport import Answer, NodeAddr, Transport
 from koinon.nodes import messages as m
+from koinon.nodes.clock import loop_time
 from koinon.nodes.publisher import Publisher
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
@@ -67,7 +68,7 @@ class Coordinator:
         board: Switchboard,
         key: NodeKey,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = loop_time,
     ) -> None:
         self.spec, self.log, self.state, self._transport, self._key, self._clock = (
             spec,

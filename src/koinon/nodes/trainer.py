@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -20,6 +19,7 @@ from koinon.errors import PeerError, Refused
 from koinon.net.identity import NodeKey
 from koinon.net.transport import Answer, Transport
 from koinon.nodes import messages as m
+from koinon.nodes.clock import loop_time
 from koinon.nodes.flight import NOBODY, Flight, packed_ids
 from koinon.nodes.follower import RunFollower, insist
 from koinon.nodes.messages import Kind
@@ -55,7 +55,7 @@ class Trainer:
         follower: RunFollower,
         *,
         loads: Callable[[Member], m.Telemetry] = lambda _member: m.Telemetry(),
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = loop_time,
         trains: bool = True,
     ) -> None:
         """trains: False serves samples of the weights as they are, and opens no step."""

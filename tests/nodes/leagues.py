@@ -1,0 +1,82 @@
+"""Small leagues over the twin for the tests of this folder: specs, a compute that takes virtual time, what must hold.
+
+A step of these takes about a virtual second, so that a fault lasting some seconds meets a league at work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from koinon.net.clock import run_virtual
+from koinon.nodes.compute import InlineCompute
+from koinon.run import events as ev
+from koinon.run.items import unpack
+from koinon.run.spec import RunSpec
+from koinon.run.state import Phase
+from tests.twin import TwinLeague
+
+T = TypeVar("T")
+PATIENCE = 3600.0
+"""Virtual seconds after which a league that has not ended is stuck."""
+SEED = 3
+
+
+class Paced(InlineCompute):
+    """Every job takes 50 virtual milliseconds."""
+
+    async def run(self, job: Callable[[], T]) -> T:
+        await asyncio.sleep(0.05)
+        return job()
+
+
+def spec_of(replicas: int = 1, stages: int = 2, **tables: dict[str, Any]) -> RunSpec:
+    """A league of tiny stages with the exact codec. `tables` override single keys."""
+    model = {"size": 16, "layers": stages, "stages": stages, "context": 16, "rank": 4, "codec": "fp32", "table": 16}
+    train = {"steps": 4, "batch": 8, "microbatch": 2, "eval_every": 0, "eval_sequences": 4}
+    return RunSpec.of(
+        name="league",
+        seed=SEED,
+        model=model | tables.get("model", {}),
+        train=train | tables.get("train", {}),
+        optim=tables.get("optim", {}),
+        league={"replicas": replicas} | tables.get("league", {}),
+        data={"max_bytes": 100_000} | tables.get("data", {}),
+    )
+
+
+def run_league(
+    spec: RunSpec, path: Path, act: Callable[[TwinLeague], Any] | None = None, **more: Any
+) -> TwinLeague:
+    """Train to the end while `act(league)`, a coroutine function, does what it likes to the league."""
+
+    async def go() -> TwinLeague:
+        async with asyncio.timeout(PATIENCE), TwinLeague(spec, path, **more) as league:
+            acting = asyncio.create_task(act(league)) if act else None
+            await league.trained()
+            if acting is not None:
+                await acting
+            return league
+
+    return run_virtual(go())
+
+
+def assert_whole(league: TwinLeague, undisturbed: dict[int, float]) -> None:
+    """It completed, with the losses of the undisturbed run, and every item is in one committed set of each stage."""
+    assert league.state.phase is Phase.COMPLETE, league.state.reason
+    assert league.losses() == pytest.approx(undisturbed, abs=1e-4)
+    assert league.state.tally.items_dropped == 0
+    assert_each_item_once(league)
+
+
+def assert_each_item_once(league: TwinLeague) -> None:
+    spec = league.spec
+    for stage in range(spec.model.stages):
+        for step in range(spec.train.steps):
+            sets = [e for e in league.events if isinstance(e, ev.Contributed) and (e.stage, e.step) == (stage, step)]
+            items = sorted(i for e in sets for i in unpack(e.items))
+            assert items == list(range(spec.train.microbatches)), f"stage {stage}, step {step}: each item once"

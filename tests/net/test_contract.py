@@ -298,6 +298,17 @@ async def test_a_peer_that_was_restarted_elsewhere_is_found_again(net: Net) -> N
 
 
 @contract
+async def test_a_dial_to_an_old_address_is_given_up_when_the_new_one_is_learnt(net: Net) -> None:
+    a, b = await net.node("a"), await net.node("b", known=False)
+    a.learn(NodeAddr(b.me, ("127.0.0.1:9",)))
+    calls = [asyncio.ensure_future(a.request(b.me, WORK, Ask(f"{n}"), deadline=Seconds(4.0))) for n in range(3)]
+    await asyncio.sleep(0.05)
+    a.learn(b.addr)
+    replies = await asyncio.gather(*calls)  # the dial alone would have taken five seconds
+    assert [reply.header.word for reply in replies] == ["0", "1", "2"]
+
+
+@contract
 async def test_both_ends_count_the_same_bytes(net: Net) -> None:
     a, b = await net.node("a"), await net.node("b")
     for nbytes in (5000, 300_000, 2_000_000, 10):

@@ -27,6 +27,9 @@ side stays two below, since the library would let it wait for a stream that is n
 GOODBYE, REFUSED, PROTOCOL, HUNG_UP = 0, 2, 3, 4
 """Close codes. The reason that goes with them is a sentence for the other side's operator. After 2 and 3 no request was
 ever read on that connection: its hello was refused."""
+LOSSY: Final = 0.002
+"""Share of packets lost from which several connections are faster than one."""
+_FEW_LOST: Final = 3
 _CLOSE_ERRORS: Final = {REFUSED: Refused, PROTOCOL: ProtocolMismatch}
 _MAX_REASON: Final = 1000
 _CLOSED = re.compile(r"closed by peer: (?P<reason>.*) \(code (?P<code>\d+)\)$", re.DOTALL)
@@ -41,7 +44,9 @@ class Channel:
         self.retired = False
         self._connection, self._count = connection, count
         self._idle: list[Pipe] = []
-        self._busy = 0
+        self.busy = 0
+        """Exchanges under way."""
+        self._lossy, self._look_again = False, 0.0
         self._room = asyncio.Semaphore(MAX_PIPES - 2)
         connection.set_max_concurrent_bi_streams(MAX_PIPES)
 
@@ -87,7 +92,7 @@ class Channel:
     async def take(self) -> Pipe:
         """A pipe for one exchange: give it back with `give`, or `discard` it."""
         await self._room.acquire()
-        self._busy += 1
+        self.busy += 1
         try:
             return self._idle.pop() if self._idle else await self._open()
         except BaseException:
@@ -111,10 +116,19 @@ class Channel:
         except IrohError as error:
             raise self._lost(error) from error
 
+    def is_lossy(self) -> bool:
+        """Whether packets to this peer are lost. Looked up at most once a second, since that costs a call."""
+        now = asyncio.get_running_loop().time()
+        if not self._lossy and now >= self._look_again:
+            self._look_again = now + 1.0
+            stats = self._connection.stats()
+            self._lossy = stats.lost_packets > max(_FEW_LOST, LOSSY * stats.udp_tx_datagrams)
+        return self._lossy
+
     def retire(self) -> None:
         """Use it for nothing new, and close it when the last exchange on it is over."""
         self.retired = True
-        if not self._busy:
+        if not self.busy:
             self.close(GOODBYE, "not needed any more")
 
     def close(self, code: int, reason: str) -> None:
@@ -140,8 +154,8 @@ class Channel:
 
     def _release(self) -> None:
         self._room.release()
-        self._busy -= 1
-        if self.retired and not self._busy:
+        self.busy -= 1
+        if self.retired and not self.busy:
             self.close(GOODBYE, "not needed any more")
 
     def _lost(self, error: IrohError) -> ConnectionLost:

@@ -69,9 +69,9 @@ class IrohTransport(Exchange):
         await asyncio.gather(*ending, return_exceptions=True)
 
     def learn(self, addr: NodeAddr) -> None:
-        known = self._addresses.get(addr.peer)
-        super().learn(addr)
-        if known is not None and known.addresses != addr.addresses:
+        """See `Transport.learn`."""
+        if self._addresses_of(addr.peer) != addr.addresses:
+            super().learn(addr)
             self._connections.moved(addr.peer)
 
     def hang_up(self, peer: PeerId, reason: str) -> None:
@@ -114,7 +114,11 @@ class IrohTransport(Exchange):
 
     async def _speak(self, pipe: Pipe, call: Call, timer: Timer) -> Reply:
         wire, service = self._replies[call.service.alpn], call.service
-        await pipe.write(call.head, call.body if len(call.body) <= EAGER else b"")
+        try:
+            await pipe.write(call.head, call.body if len(call.body) <= EAGER else b"")
+        except ConnectionLost as lost:
+            lost.sent = False  # at most a part of a frame left, and nobody acts on a part
+            raise
         header = await pipe.header(wire)
         if isinstance(header, Go):
             await self._bodies.send(call.peer, pipe, call.body)

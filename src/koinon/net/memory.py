@@ -21,6 +21,7 @@ from koinon.errors import FrameMalformed, FrameTooLarge, PeerError, PeerUnreacha
 from koinon.net import desk
 from koinon.net.deadlines import CONNECT
 from koinon.net.desk import VERBS, Go, Inline
+from koinon.net.dials import Dials
 from koinon.net.exchange import EAGER, Call, Exchange, Timer
 from koinon.net.frames import FrameReader, Wire, body_size
 from koinon.net.hub import Faults, Hub, Letter, Part
@@ -54,7 +55,7 @@ class MemoryTransport(Exchange):
         self._hub = hub
         self._address = ""
         self._connections: dict[tuple[PeerId, str], str] = {}
-        self._dials: dict[tuple[PeerId, str], asyncio.Task[str]] = {}
+        self._dials = Dials(self._dial)
         self._asked: dict[int, _Conversation] = {}
         self._bodies: dict[tuple[PeerId, int], asyncio.Future[bytes]] = {}
         self._exchanges = itertools.count()
@@ -65,6 +66,11 @@ class MemoryTransport(Exchange):
         self._hub.members[self._address] = self
         self._hub.attach(self.me, self._receive)
         return NodeAddr(self.me, (self._address,))
+
+    def learn(self, addr: NodeAddr) -> None:
+        if self._addresses.get(addr.peer) != addr:
+            super().learn(addr)
+            self._dials.moved(addr.peer)
 
     def links(self) -> Mapping[PeerId, Link]:
         return {peer: self._link(peer) for peer in self._edges.peers()}
@@ -79,7 +85,8 @@ class MemoryTransport(Exchange):
         """Vanish: no peer is told."""
         self._hub.detach(self.me, self._receive)
         self._hub.members.pop(self._address, None)
-        for task in [*self._tasks, *self._dials.values()]:
+        self._dials.cancel()
+        for task in self._tasks:
             task.cancel()
         for asked in self._asked.values():
             asked.words.put_nowait(PeerUnreachable(asked.peer, {self._address: "this node was closed"}))
@@ -88,7 +95,7 @@ class MemoryTransport(Exchange):
         self.kill()
         for peer in {peer for peer, _ in self._connections}:
             self.hang_up(peer, "closed by the peer")
-        await asyncio.gather(*self._tasks, *self._dials.values(), return_exceptions=True)
+        await asyncio.gather(*self._dials.cancel(), *self._tasks, return_exceptions=True)
 
     # --- asking
 
@@ -125,16 +132,7 @@ class MemoryTransport(Exchange):
         """The name of a standing connection; concurrent callers share one dial."""
         if (standing := self._connections.get((peer, alpn))) is not None:
             return standing
-        dial = self._dials.get((peer, alpn))
-        if dial is None:
-            dial = self._dials[peer, alpn] = asyncio.ensure_future(self._dial(peer, alpn))
-            dial.add_done_callback(lambda done: self._dialled(peer, alpn, done))
-        return await asyncio.shield(dial)
-
-    def _dialled(self, peer: PeerId, alpn: str, done: asyncio.Task[str]) -> None:
-        self._dials.pop((peer, alpn), None)
-        if not done.cancelled():
-            done.exception()  # seen: every caller that waited got it, and there may be none left
+        return await self._dials.join(peer, alpn)
 
     async def _dial(self, peer: PeerId, alpn: str) -> str:
         addresses = self._addresses.get(peer, NodeAddr(peer, ())).addresses

@@ -27,7 +27,7 @@ from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.items import unpack
 from koinon.run.log import RunLog
-from koinon.run.policies.deadlines import History, deadline, observe
+from koinon.run.policies.deadlines import History, deadline, missed, observe
 from koinon.run.policies.draws import StageLoad, stage_for_joiner
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, Seat, SeatStatus, StageState, apply
@@ -370,8 +370,9 @@ class Coordinator:
             attempt = self._attempts.get(stage.index)
             if stage.reduce is None or attempt is None or now < attempt.until:
                 continue
-            missing = set(stage.reduce.members) - set(attempt.held)
-            blamed = (attempt.blamed & missing) or missing
+            self._reduces[stage.index] = missed(self._reduces[stage.index])  # it may be the links that are slow
+            late = set(stage.reduce.members) - set(attempt.held)
+            blamed = (attempt.blamed & late) or late
             if blamed >= set(stage.reduce.members):
                 self.write(ev.ReduceAborted(stage.index, stage.step, attempt.attempt, "nobody finished in time"))
                 continue

@@ -187,8 +187,8 @@ class League:
         if seat.crashes > CRASHES_ALLOWED:
             self._control.coordinator.write(
                 ev.RunFailed(
-                    f"The worker of stage {seat.stage}, seat {seat.seat} ended {seat.crashes} times before it was ready. "
-                    f"{seat.folder / 'worker.log'} says why; then resume."
+                    f"The worker of stage {seat.stage}, seat {seat.seat} ended {seat.crashes} times before it "
+                    f"was ready. {seat.folder / 'worker.log'} says why; then resume."
                 )
             )
         elif seat.wanted:

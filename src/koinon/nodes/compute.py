@@ -1,7 +1,7 @@
 """The one compute thread of a worker, seen from its event loop.
 
-One job runs at a time; the loop decides which is next only when the thread is free, so a backward that arrives meanwhile
-goes first. Knows nothing of what jobs do.
+One job runs at a time; the loop decides which is next only when the thread is free, so a backward that arrives
+meanwhile goes first. Knows nothing of what jobs do.
 """
 
 from __future__ import annotations

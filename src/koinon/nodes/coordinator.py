@@ -1,7 +1,8 @@
 """The coordinator: single writer of the run log. It admits, seats, opens and commits reduces, and judges liveness.
 
-It decides by the pure rules of `koinon.run` and writes what it decided; it holds no weights and sees no tensor. What it
-can do wrong is stall or refuse: it cannot forge work, because credit follows from sets that trainer and members agree on.
+It decides by the pure rules of `koinon.run` and writes what it decided; it holds no weights and sees no tensor. What
+it can do wrong is stall or refuse: it cannot forge work, because credit follows from sets that trainer and members
+agree on.
 Knows nothing of models beyond what an item costs.
 """
 

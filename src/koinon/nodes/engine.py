@@ -1,9 +1,9 @@
 """The arithmetic of one worker: forward, backward, fold, sum, update, snapshot. Called from its compute thread only.
 
 A work item is a pure function of (weights, ids, incoming coefficients, outgoing gradient). Folding adds its weight
-gradient to the accumulators in place, so it can never be taken back: whoever calls `backward` with `fold` holds a claim.
-Weights change only in `commit`, by swapping in bytes that every member holds; the version before is kept until the whole
-league has left it, because a neighbour may still need an item re-executed with it.
+gradient to the accumulators in place, so it can never be taken back: whoever calls `backward` with `fold` holds a
+claim. Weights change only in `commit`, by swapping in bytes that every member holds; the version before is kept until
+the next commit, because a neighbour may still need an item re-executed with it.
 Knows nothing of peers, leases or time.
 """
 
@@ -107,7 +107,7 @@ class Engine:
         *,
         fold: bool,
     ) -> bytes | None:
-        """Fold the item (or, without `fold`, only re-execute it) and return the gradient for the stage before, encoded."""
+        """Fold the item (or, without `fold`, only re-execute it); the gradient for the stage before, encoded."""
         tokens = torch.from_numpy(ids)
         with self._weights_of(step):
             graph = self._graphs.pop(key, None)
@@ -364,8 +364,8 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def warm_up() -> None:
-    """Compute one item and one update of toy stages. What torch loads at its first backward (0.4 s of it, when it is given
-    a gradient) is then there for every worker that is forked from this process; on a CPU that starts no thread."""
+    """Compute one item and one update of toy stages. What torch loads at its first backward that is given a gradient
+    (0.4 s of it) is then there for every worker that is forked from this process; on a CPU that starts no thread."""
     config = ModelConfig.from_dial(8, stages=2, layers=2, heads=1, context=4, vocab=16, rank=2, table=4)
     ids, key = np.zeros((1, 4), np.int64), (0, 0, 0)
     first, last = (

@@ -1,7 +1,7 @@
 """A microbatch on its way through the stages, as its trainer keeps it: route, claims, what is folded.
 
-Exactly-once is decided here: an item belongs to one member at a time, a claim is granted to that member alone, and a new
-assignment raises the revision, so that an older claim can never be granted. Knows nothing of transport or tensors.
+Exactly-once is decided here: an item belongs to one member at a time, a claim is granted to that member alone, and a
+new assignment raises the revision, so that an older claim can never be granted. Knows nothing of transport or tensors.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class RunFollower:
             case ev.SeatMoved(member=member, addresses=addresses) if member in self.state.seats:
                 self._transport.learn(NodeAddr(PeerId(self.state.seats[member].worker), addresses))
             case ev.SeatLeft(member=member) if member in self.state.seats:
-                # Nothing on the wire says that a killed process is gone: its connections would look alive for half a minute.
+                # Nothing on the wire says that a killed process is gone: its connections look alive for half a minute.
                 self._transport.hang_up(PeerId(self.state.seats[member].worker), "its seat is void")
             case _:
                 pass

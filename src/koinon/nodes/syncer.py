@@ -1,7 +1,7 @@
 """How a worker gets its stage's state, keeps it on disk, and gives it to others.
 
 A snapshot is one safetensors file per step: frozen tensors, weights, and the optimizer state of the tensors that this
-member owns or seconds. It is written before the step is committed, so that whatever the log commits can be loaded again.
+member owns or seconds. It is written before the step is committed, so that whatever the log commits can be loaded.
 A stage's state goes to members of the same stage only. Knows nothing of items or reduces.
 """
 

@@ -90,6 +90,9 @@ class Workbench:
     capacity: int = 16
     """Items that may be here unfinished. A forward beyond it is asked to wait; a backward never is."""
     items: dict[Key, Item] = field(default_factory=dict)
+    emptying: int = 0
+    voids: int = 0
+    """How often everything was voided; a job that began before the last time has done nothing."""
 
     @property
     def is_first(self) -> bool:
@@ -136,23 +139,31 @@ class Workbench:
             if not self._is_ready(item):
                 continue
             if self.is_last:
-                if not item.is_done and (not self.folds(item) or item.claim is ClaimState.GRANTED):
+                if not item.is_done and self._may_run(item):
                     yield Job(JobKind.FINISH, item)
             elif item.left is None:
                 yield Job(JobKind.FORWARD, item)
-            elif item.gradient is not None and not item.is_done:
-                if not self.folds(item) or item.claim is ClaimState.GRANTED:
-                    yield Job(JobKind.BACKWARD, item)
+            elif item.gradient is not None and not item.is_done and self._may_run(item):
+                yield Job(JobKind.BACKWARD, item)
 
     def next_job(self) -> Job | None:
         """Backward before forward, the older step and the lower microbatch first: 1F1B."""
-        return pick_job(self.jobs())
+        return None if self.emptying else pick_job(self.jobs())
 
     def void(self, step: int) -> None:
-        """The accumulators were emptied: what had been folded at this step has to be folded again, by whoever holds it."""
+        """What was folded at this step is lost, and has to be folded again by whoever holds it then.
+
+        No job starts until `emptied` says that the accumulators are empty: a fold under an old claim must not follow.
+        """
+        self.emptying += 1
+        self.voids += 1
         for item in self.items.values():
             if item.lease.kind is Kind.TRAIN and item.lease.step == step:
                 item.claim, item.is_done = ClaimState.NONE, False
+
+    def emptied(self) -> None:
+        """The accumulators are empty, once for each `void`."""
+        self.emptying -= 1
 
     def retire(self, step: int) -> list[Key]:
         """Drop everything of training steps before `step`, which every stage has taken; returns the keys."""
@@ -164,6 +175,10 @@ class Workbench:
         for key in old:
             del self.items[key]
         return old
+
+    def _may_run(self, item: Item) -> bool:
+        """What is folded needs a claim; what is only re-executed does not."""
+        return item.claim is ClaimState.GRANTED or not self.folds(item)
 
     def _has_input(self, item: Item) -> bool:
         return item.ids is not None and (self.is_first or item.entered is not None)

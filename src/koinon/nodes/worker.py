@@ -1,7 +1,7 @@
 """A worker: one stage, one compute thread, and the wiring between its bench, its engine and its neighbours.
 
-What it computes is the engine's business, what it may compute is the bench's, how a step is summed is the reducer's, how
-it gets its state is the syncer's. Here messages meet them. Knows nothing of other stages' weights.
+What it computes is the engine's business, what it may compute is the bench's, how a step is summed is the reducer's,
+how it gets its state is the syncer's. Here messages meet them. Knows nothing of other stages' weights.
 """
 
 from __future__ import annotations
@@ -206,9 +206,9 @@ class Worker:
             return
         match event:
             case ev.Excluded(member=member, step=step) if member == self._bench.member:
-                self._spawn(self._void(step))
+                self._void(step)
             case ev.Unreachable(member=member) if member == self._bench.member:
-                self._spawn(self._void(self._engine.step))
+                self._void(self._engine.step)
             case ev.Returned(member=member) if member == self._bench.member:
                 self._spawn(self._resync())
             case ev.SeatLeft(member=member) if member == self._bench.member:
@@ -227,12 +227,17 @@ class Worker:
     def _serves(self, state: RunState) -> bool:
         return state.phase in (Phase.COMPLETE, Phase.SERVING)
 
-    async def _void(self, step: int) -> None:
-        """Everything folded at this step is lost: empty the accumulators."""
+    def _void(self, step: int) -> None:
+        """Everything folded at this step is lost. From this moment no job starts until the accumulators are empty."""
+        assert self._bench
+        self._bench.void(step)
+        self._spawn(self._empty())
+
+    async def _empty(self) -> None:
         assert self._engine and self._bench
         await self._compute.run(self._engine.zero)
-        self._bench.void(step)
-        self._work.set()
+        self._bench.emptied()
+        self._poke()
 
     async def _step_taken(self, event: ev.StageStepped) -> None:
         """The log has committed our stage's step: apply it, or fetch it if we were not in it."""
@@ -253,7 +258,7 @@ class Worker:
         assert self._engine and self._bench
         seat = self.state.seats[Member(self._bench.member)]
         if seat.status is SeatStatus.SYNCING:
-            await self._void(self._engine.step)
+            self._void(self._engine.step)
             await self._get_ready()
 
     # --- messages
@@ -350,13 +355,14 @@ class Worker:
                 self._state = "idle" if self._state == "working" else self._state
                 await self._work.wait()
                 continue
-            self._state = "working"
+            self._state, voids = "working", self._bench.voids
             try:
                 await self._compute.run(lambda job=job: self._do(job))  # type: ignore[misc]
             except (NumericsError, DiskFull) as error:
                 await self._give_up(error)
                 return
-            self._after(job)
+            if self._bench.voids == voids or job.kind is JobKind.FORWARD:
+                self._after(job)
 
     def _do(self, job: Job) -> None:
         """In the compute thread."""

@@ -1,0 +1,115 @@
+"""What is compared: the candidate, its uncompressed twin, what tuning tried, and other people's wires.
+
+The twin is the same model with full-width boundaries in fp32: same blocks, same local tables, trained parameters within
+0.5% (the feed-forward width makes up for what differs). Both sides' rates were searched on the same values.
+Knows what is to be measured, not what came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from bench.compression_sweep.corpora import CORPORA, Corpus
+from bench.compression_sweep.rows import Variant
+from bench.compression_sweep.wires import WIRES
+from koinon.model.config import ModelConfig
+from koinon.model.layout import match_parameters, trained_count
+
+HORIZONS: Final = (192, 512, 1280)
+"""Steps of 1,024 tokens."""
+TUNING: Final = (128, 384)
+SEEDS: Final = (0, 1, 2)
+NARROW: Final[dict[str, Any]] = {"rank": 12, "codec": "int4"}
+"""8 bytes with the row's scale: 64 times fewer than 128 fp32 numbers."""
+
+
+class Rates(NamedTuple):
+    muon: float
+    adamw: float
+
+
+TUNED: Final = Rates(1e-2, 4e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training. seeds and horizons are those that the plan wants; a resumed sweep drops what it has."""
+
+    variant: Variant
+    corpus: Corpus
+    seed: int
+    horizons: Sequence[int]
+
+
+def narrow(name: str, *, rates: Rates = TUNED, **model: Any) -> Variant:
+    """A compressed model, with as many trained parameters as its twin."""
+    config = _config(**{**NARROW, **model})
+    return Variant(
+        name=name,
+        model=match_parameters(config, trained_count(config.dense())),
+        muon_lr=rates.muon,
+        adamw_lr=rates.adamw,
+    )
+
+
+def dense(name: str, *, wire: str = "", rates: Rates = TUNED, **model: Any) -> Variant:
+    return Variant(name=name, model=_config(**model).dense(), wire=wire, muon_lr=rates.muon, adamw_lr=rates.adamw)
+
+
+CANDIDATE: Final = narrow("candidate")
+TWIN: Final = dense("twin")
+
+
+def compared() -> list[Variant]:
+    """The uncompressed stream over other wires, and the form of arXiv:2506.01260, in which every write is narrow."""
+    return [*(dense(name, wire=name) for name in WIRES), narrow("narrow writes", form="writer")]
+
+
+def tried() -> list[tuple[Variant, Variant]]:
+    """Single changes to the candidate, each with the twin that has the same tables."""
+    changes: dict[str, dict[str, Any]] = {
+        "k = 6 in int8": {"rank": 6, "codec": "int8"},
+        "trained lifts": {"trained_lifts": True},
+        "trigrams and 4 taps": {"grams": 3, "taps": 4},
+    }
+    return [(narrow(name, **change), dense(f"twin: {name}", **change)) for name, change in changes.items()]
+
+
+def jobs() -> Iterator[Job]:
+    """In the order of their worth, for sweeps that are cut short."""
+    for corpus in CORPORA:
+        for seed in SEEDS:
+            for variant in (CANDIDATE, TWIN):
+                yield Job(variant, corpus, seed, HORIZONS)
+    for variant in compared():
+        yield Job(variant, "code", 0, HORIZONS[:2])
+    for pair in tried():
+        for variant in pair:
+            yield Job(variant, "code", 0, TUNING)
+
+
+def quick() -> list[Job]:
+    """One point."""
+    return [Job(variant, "code", 0, (40,)) for variant in (CANDIDATE, TWIN, dense("top-2", wire="top-2"))]
+
+
+def _config(**model: Any) -> ModelConfig:
+    base: dict[str, Any] = {"layers": 8, "stages": 4, "vocab": 256, "context": 128, "table": 1024}
+    return ModelConfig.from_dial(128, **{**base, **model})
+
+
+def bytes_of(variant: Variant, rows: int) -> float:
+    """Bytes per token, boundary and direction, in microbatches of that many tokens."""
+    if variant.wire:
+        return WIRES[variant.wire].bytes_per_token(variant.model.size, rows)
+    return float(variant.model.bytes_per_token)
+
+
+def shown(config: ModelConfig) -> dict[str, Any]:
+    """What a reader of the rows wants to know of a model."""
+    fields = ("form", "rank", "fresh", "codec", "lift_std", "trained_lifts", "reading")
+    common = ("size", "layers", "stages", "ffn", "table", "grams", "table_stages", "taps")
+    wanted = common if config.form == "dense" else (*common, *fields[1:])
+    return {"form": config.form} | {name: getattr(config, name) for name in wanted}

@@ -6,6 +6,7 @@ A step of these takes about a virtual second, so that a fault lasting some secon
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,9 +50,7 @@ def spec_of(replicas: int = 1, stages: int = 2, **tables: dict[str, Any]) -> Run
     )
 
 
-def run_league(
-    spec: RunSpec, path: Path, act: Callable[[TwinLeague], Any] | None = None, **more: Any
-) -> TwinLeague:
+def run_league(spec: RunSpec, path: Path, act: Callable[[TwinLeague], Any] | None = None, **more: Any) -> TwinLeague:
     """Train to the end while `act(league)`, a coroutine function, does what it likes to the league."""
 
     async def go() -> TwinLeague:
@@ -75,8 +74,22 @@ def assert_whole(league: TwinLeague, undisturbed: dict[int, float]) -> None:
 
 def assert_each_item_once(league: TwinLeague) -> None:
     spec = league.spec
+    folded = items_folded(league.events)
     for stage in range(spec.model.stages):
         for step in range(spec.train.steps):
-            sets = [e for e in league.events if isinstance(e, ev.Contributed) and (e.stage, e.step) == (stage, step)]
-            items = sorted(i for e in sets for i in unpack(e.items))
+            items = sorted(folded[stage, step])
             assert items == list(range(spec.train.microbatches)), f"stage {stage}, step {step}: each item once"
+
+
+def items_folded(events: list[ev.Event]) -> dict[tuple[int, int], list[int]]:
+    """(stage, step) -> the items of its committed sets, with repeats. What a resume voided does not count."""
+    folded: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for event in events:
+        match event:
+            case ev.Contributed(stage=stage, step=step, items=items):
+                folded[stage, step] += unpack(items)
+            case ev.RunResumed(step=first):
+                folded = defaultdict(list, {key: kept for key, kept in folded.items() if key[1] < first})
+            case _:
+                pass
+    return folded

@@ -7,10 +7,14 @@ undisturbed run.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from koinon.errors import DiskFull
 from koinon.net.hub import Faults
+from koinon.nodes import syncer
+from koinon.run.state import Phase
 from koinon.units import BitsPerSecond
 from tests.nodes.leagues import Paced, assert_whole, run_league, spec_of
 from tests.twin import TwinLeague
@@ -35,3 +39,21 @@ def test_a_reduce_over_a_link_that_is_slower_than_every_deadline_so_far_ends(
     league = run_league(spec_of(2), tmp_path, throttle, make_compute=Paced)
     assert_whole(league, undisturbed)
     assert league.state.tally.reduces_aborted >= 1, "the link was not slow enough to tell"
+
+
+def test_a_disk_that_fills_in_a_reduce_ends_the_run_with_its_sentence_and_it_resumes(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = syncer.save
+
+    def full(path: Path, tensors: Any, label: Any) -> None:
+        if path.name == "step-00000003.safetensors":
+            raise DiskFull(f"No room to write {path}: free some, then resume.")
+        write(path, tensors, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(syncer, "save", full)
+        failed = run_league(spec_of(2), tmp_path, make_compute=Paced)
+    assert failed.state.phase is Phase.FAILED
+    assert "No room to write" in failed.state.reason
+    assert_whole(run_league(spec_of(2), tmp_path, make_compute=Paced, resume=True), undisturbed)

@@ -138,10 +138,12 @@ class Reducer:
     async def _take_part(self, reduce: OpenReduce) -> None:
         try:
             await self._reduce(reduce)
-        except DiskFull as error:
-            await self._give_up(error)
-        except (PeerError, FrameMalformed) as error:
-            log.warning("reduce of step %s, attempt %s: %s", reduce.step, reduce.attempt, error)
+        except* DiskFull as full:  # a group, because it may come out of the group of pushes
+            for error in full.exceptions:
+                assert isinstance(error, DiskFull)
+                await self._give_up(error)
+        except* PeerError as group:
+            log.warning("reduce of step %s, attempt %s: %s", reduce.step, reduce.attempt, list(group.exceptions))
 
     async def _reduce(self, reduce: OpenReduce) -> None:
         while self._engine.step < reduce.step:  # the step before is still being applied

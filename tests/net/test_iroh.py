@@ -18,12 +18,13 @@ import pytest
 from koinon.errors import DeadlinePassed, FrameMalformed, PeerError, PortInUse, Refused, TransportUnusable
 from koinon.net import iroh_buffers, iroh_calls
 from koinon.net.clock import run_virtual
+from koinon.net.deal import piece_size
 from koinon.net.desk import VERBS
 from koinon.net.frames import FrameReader
 from koinon.net.iroh_channel import HELLO
 from koinon.net.iroh_connections import MAX_CHANNELS
 from koinon.net.iroh_transport import IrohTransport
-from koinon.net.lanes import LANE, Collections, Piece, piece_size
+from koinon.net.lanes import LANE, Collections, Piece
 from koinon.net.stripes import WIDTHS
 from koinon.net.transport import Hello, NodeAddr
 from koinon.units import Seconds

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from koinon.net.stripes import WIDTHS, Stripes
+from koinon.net.stripes import WIDTHS, Stripes, widened
 
 BODY = 1 << 20
 
@@ -60,3 +60,32 @@ def test_transfers_off_the_ladder_teach_nothing() -> None:
         stripes.observe(3, BODY, 1.0)
     assert stripes.width == 1
     assert stripes.goodput is None
+
+
+def test_a_path_known_to_be_lossy_begins_wide() -> None:
+    stripes = Stripes()
+    assert stripes.begin(BODY, lossy=False) == 2
+    assert stripes.begin(BODY, lossy=True) == 8
+    carry(stripes, lambda width: 2e6 * width, 10)
+    assert stripes.width == WIDTHS[-1]
+
+
+def test_a_very_large_first_body_does_not_wait_for_lessons() -> None:
+    stripes = Stripes()
+    assert stripes.begin(8 * BODY, lossy=False) == 4
+    carry(stripes, lambda _width: 1e9, 5)
+    assert stripes.begin(8 * BODY, lossy=False) == 1, "a fast path needs none of it"
+    assert stripes.is_settled
+
+
+def test_a_settled_width_is_not_guessed_at_again() -> None:
+    stripes = Stripes()
+    carry(stripes, lambda width: 2e6 * min(width, 2), 30)
+    assert stripes.begin(8 * BODY, lossy=True) == stripes.width == 2
+
+
+def test_a_body_that_takes_long_on_a_lossy_path_is_widened_under_way_and_that_is_learnt() -> None:
+    assert [widened(4, seconds) for seconds in (0.0, 0.4, 0.6, 1.2, 60.0)] == [4, 4, 8, 16, 24]
+    stripes = Stripes()
+    stripes.observe(16, BODY, 1.0)
+    assert stripes.width == 16

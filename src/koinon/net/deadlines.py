@@ -21,8 +21,8 @@ CONNECT: Final = Seconds(5.0)
 FLOOR: Final = Seconds(2.0)
 """Nothing is given up sooner: a garbage collection or a busy core stalls a healthy peer for a second."""
 CEILING: Final = Seconds(120.0)
-PESSIMISTIC: Final = BitsPerSecond.mbit(2)
-"""What one connection carries at 1% loss and 50 ms; used until a rate was measured."""
+PESSIMISTIC: Final = BitsPerSecond.mbit(0.5)
+"""Used until a rate was measured: a quarter of what one connection carries at 1% loss and 50 ms, for it is shared."""
 DEVIATIONS: Final = 8.0
 """k. A round trip's tail is heavier than normal: 8 MAD is about 5.4 standard deviations of a normal one."""
 _WINDOW: Final = 64
@@ -32,6 +32,7 @@ _MAX_SERIES: Final = 8192
 """Edges of peers long gone are forgotten, oldest first."""
 _RATE_FROM: Final = 64 * 1024
 """Below this size a duration says more about latency than about a rate."""
+_SLACK: Final = 8.0
 _PATIENCE: Final = 8.0
 
 
@@ -91,8 +92,13 @@ class Deadlines:
 
     def _usual(self, edge: Hashable, nbytes: int, series: _Series) -> float:
         if series.cached is None:
-            series.cached = max(FLOOR.value, self._base(edge, nbytes, series))
-        return series.cached
+            series.cached = self._base(edge, nbytes, series)
+        return max(series.cached, self._floor(edge, nbytes))
+
+    def _floor(self, edge: Hashable, nbytes: int) -> float:
+        """A burst of losses divides a link's rate by several: what is slow for once is not dead."""
+        rate = self._rates.get(edge)
+        return FLOOR.value + (_SLACK * 8 * nbytes / rate if rate is not None and nbytes >= _RATE_FROM else 0.0)
 
     def _base(self, edge: Hashable, nbytes: int, series: _Series) -> float:
         if len(series.seconds) >= _ENOUGH:

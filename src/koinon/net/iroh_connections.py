@@ -93,6 +93,10 @@ class Connections:
         """Connections that may carry something new."""
         return [channel for channel in self._channels.get((peer, alpn), ()) if not channel.retired]
 
+    def is_lossy(self, peer: PeerId) -> bool:
+        """Whether packets on some connection to this peer are lost."""
+        return any(channel.is_lossy() for channel in self.all() if channel.peer == peer and not channel.retired)
+
     def drop(self, channel: Channel) -> None:
         """Use it for nothing new."""
         channel.retire()

@@ -50,8 +50,7 @@ class IrohTransport(Exchange):
         self._bind, self._advertise = bind, tuple(advertise)
         host = Host(lambda: self.hello, gate, self._addresses_of, self._serve, self._spawn)
         self._connections = Connections(host, self._edges)
-        self._bodies = Bodies(self._lanes_to)
-        self._lane_dials: dict[PeerId, int] = {}
+        self._bodies = Bodies(self._connections)
 
     async def start(self, services: Sequence[Service]) -> NodeAddr:
         """See `Transport.start`."""
@@ -62,7 +61,7 @@ class IrohTransport(Exchange):
 
     async def close(self) -> None:
         """See `Transport.close`."""
-        ending = list(self._tasks)
+        ending = [*self._tasks, *self._bodies.cancel()]
         for task in ending:
             task.cancel()
         await self._connections.close()
@@ -135,22 +134,6 @@ class IrohTransport(Exchange):
     def _suspect(self, peer: PeerId, alpn: str) -> None:
         for channel in self._connections.standing(peer, alpn):
             self._connections.drop(channel)
-
-    def _lanes_to(self, peer: PeerId, width: int) -> list[Channel]:
-        """The lanes that stand, at most `width`; missing ones are dialled for the next time."""
-        standing = self._connections.standing(peer, LANE)[:width]
-        for _ in range(width - len(standing) - self._lane_dials.get(peer, 0)):
-            self._lane_dials[peer] = self._lane_dials.get(peer, 0) + 1
-            self._spawn(self._dial_lane(peer))
-        return standing
-
-    async def _dial_lane(self, peer: PeerId) -> None:
-        try:
-            await self._connections.dial(peer, LANE)
-        except PeerError as error:
-            log.info("no further lane to %s: %s", peer[:10], error)
-        finally:
-            self._lane_dials[peer] -= 1
 
     # --- answering
 

@@ -1,24 +1,19 @@
-"""Large bodies in pieces over several connections, and put together again at the other end.
+"""Large bodies that come in pieces over several connections, put together again.
 
-The sender draws a token, announces it on the exchange's own stream, and deals pieces to its lanes as fast as each
-delivers them: the library buffers 10 MB per connection, so only the receiver's word that a piece is there tells a fast
-lane from a slow one. A lane that fails has its pieces dealt to the others. The receiver knows where each piece belongs,
-so order and repeats do not matter. Knows nothing of how lanes are dialled.
+The sender draws a token and announces it on the exchange's own stream; each piece names the token and its place. So
+order and repeats do not matter, and lanes can come and go. Knows nothing of how pieces are dealt: see `deal`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final
 
 import msgspec
 
-from koinon.errors import DeadlinePassed, FrameMalformed, PeerError, PeerUnreachable
+from koinon.errors import DeadlinePassed, FrameMalformed
 from koinon.net.frames import Header, NBytes, Wire
-from koinon.net.iroh_channel import Channel
 from koinon.net.iroh_pipe import STALL, Pipe
 from koinon.units import PeerId, Seconds
 
@@ -41,16 +36,7 @@ class Placed(Header, frozen=True, tag="placed"):
 
 
 WIRE: Final = Wire(Piece)
-_PLACED: Final = Wire(Placed)
-UNDER_WAY: Final = 2
-"""Pieces on a lane that were not answered: one is being answered while the next is on the way."""
-_SMALLEST: Final = 16 * 1024
-_LARGEST: Final = 256 * 1024
-
-
-def piece_size(nbytes: int, lanes: int) -> int:
-    """Every lane gets several pieces of a body, unless they would be too small to be worth an answer."""
-    return min(_LARGEST, max(_SMALLEST, nbytes // (2 * UNDER_WAY * lanes)))
+PLACED: Final = Wire(Placed)
 
 
 @dataclass(slots=True)
@@ -98,7 +84,7 @@ class Collections:
             collection.missing.discard(piece.offset)
         if not collection.missing and not collection.whole.done():
             collection.whole.set_result(None)
-        await pipe.write(_PLACED.head(Placed()))
+        await pipe.write(PLACED.head(Placed()))
 
     async def _announced(self, peer: PeerId, token: bytes) -> _Collection:
         try:
@@ -112,40 +98,3 @@ class Collections:
         if (slot := self._open.get((peer, token))) is None:
             slot = self._open[peer, token] = asyncio.get_running_loop().create_future()
         return slot
-
-
-async def send_pieces(lanes: Sequence[Channel], token: bytes, body: memoryview, piece: int) -> None:
-    """Deal the body to the lanes. Raises PeerUnreachable when the last lane fails before the last piece is there."""
-    offsets = deque(range(0, len(body), piece))
-    while offsets:
-        standing = [lane for lane in lanes if not lane.retired]
-        if not standing:
-            raise PeerUnreachable(lanes[0].peer, {LANE: f"{len(lanes)} lanes were lost"})
-        async with asyncio.TaskGroup() as group:
-            for lane in standing:
-                group.create_task(_send_over(lane, token, body, piece, offsets))
-
-
-async def _send_over(lane: Channel, token: bytes, body: memoryview, piece: int, offsets: deque[int]) -> None:
-    """Send pieces until none are left; if the lane fails, leave what was not answered to the others."""
-    under_way: deque[int] = deque()
-    pipe: Pipe | None = None
-    try:
-        pipe = await lane.take()
-        while offsets or under_way:
-            if offsets and len(under_way) < UNDER_WAY:
-                under_way.append(offsets.popleft())
-                data = body[under_way[-1] : under_way[-1] + piece]
-                await pipe.write(WIRE.head(Piece(token, under_way[-1], len(data))), data)
-            elif await pipe.header(_PLACED) is None:
-                raise PeerUnreachable(lane.peer, {LANE: "the lane was ended"})
-            else:
-                under_way.popleft()
-    except PeerError:
-        lane.retire()
-    finally:
-        offsets.extend(under_way)
-        if pipe is not None and under_way:
-            await lane.discard(pipe)
-        elif pipe is not None:
-            lane.give(pipe)

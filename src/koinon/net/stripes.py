@@ -1,8 +1,8 @@
 """How many connections carry a large body to one peer: as many as make it faster, and no more.
 
 Loss makes one Cubic connection slow (2 of 80 Mbit/s at 1% and 50 ms), and several together fast (24: about 40). Without
-loss, more connections only cost work. So the width climbs a ladder while goodput rises, settles, and looks again
-later. Pure: it is told what transfers took.
+loss, more connections only cost work. So the width begins where loss and size suggest, climbs a ladder while goodput
+rises, settles, and looks again later. Pure: it is told what transfers took.
 """
 
 from __future__ import annotations
@@ -27,6 +27,20 @@ _LOOK_AGAIN: Final = 64
 """Transfers until a settled width is doubted: links change."""
 
 
+_BEGIN: Final = 2
+"""Before anything is known of the path. Not 1: only a striped body can be given more lanes while it is under way."""
+_BEGIN_LARGE: Final = 4
+_LARGE: Final = 2 * 1024 * 1024
+_BEGIN_LOSSY: Final = 8
+_WIDEN_AFTER: Final = 0.5
+"""Seconds that a body may be under way on a lossy path before more lanes join it."""
+
+
+def widened(width: int, seconds: float) -> int:
+    """The width for a body that began with `width` and has been under way so long on a lossy path."""
+    return WIDTHS[min(len(WIDTHS) - 1, WIDTHS.index(width) + int(seconds / _WIDEN_AFTER))]
+
+
 class Stripes:
     """The width for one peer, learned from transfers."""
 
@@ -40,6 +54,19 @@ class Stripes:
         """Connections to use for the next large body."""
         return WIDTHS[self._rung]
 
+    def begin(self, nbytes: int, *, lossy: bool) -> int:
+        """The width for a body of that size. A path that nothing is known of is guessed at."""
+        if self._settled_for is None and lossy:
+            self._rung = max(self._rung, WIDTHS.index(_BEGIN_LOSSY))
+        elif not self._goodput:
+            self._rung = max(self._rung, WIDTHS.index(_BEGIN_LARGE if nbytes > _LARGE else _BEGIN))
+        return self.width
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the width is what was found best, and not a step of the search."""
+        return self._settled_for is not None
+
     @property
     def goodput(self) -> BitsPerSecond | None:
         """What recent transfers at this width reached."""
@@ -49,6 +76,8 @@ class Stripes:
         """A body of that size took so long over that many connections. Widths off the ladder teach nothing."""
         if width not in WIDTHS or seconds <= 0:
             return
+        if width > self.width:  # it was widened under way
+            self._rung, self._settled_for = WIDTHS.index(width), None
         samples = self._goodput.setdefault(width, deque(maxlen=_WINDOW))
         samples.append(8 * nbytes / seconds)
         if width != self.width:
@@ -62,6 +91,8 @@ class Stripes:
         helped = self._rung == 0 or self._median(self.width) >= RISE * self._median(WIDTHS[self._rung - 1])
         fast = self._median(self.width) >= FAST.value
         top = self._rung == len(WIDTHS) - 1
+        if fast:
+            self._rung = 0
         if not top and not fast and (helped or self.width < UNCONDITIONAL):
             self._rung += 1
         else:
@@ -70,8 +101,8 @@ class Stripes:
     def _settle(self) -> None:
         """At the narrowest width that is nearly as good as the best."""
         tried = [w for w in WIDTHS[: self._rung + 1] if self._goodput.get(w)]
-        best = max(self._median(w) for w in tried)
-        self._rung = next(WIDTHS.index(w) for w in tried if RISE * self._median(w) >= best)
+        best = max((self._median(w) for w in tried), default=0.0)
+        self._rung = next((WIDTHS.index(w) for w in tried if RISE * self._median(w) >= best), 0)
         self._settled_for = 0
 
     def _doubt(self) -> None:

@@ -1,0 +1,33 @@
+"""`koinon recipes`: the specs that come with koinon. Knows nothing of runs."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from rich.console import Console
+from rich.text import Text
+
+from koinon.run.spec import RunSpec, recipes
+
+
+def show_recipes(console: Console) -> None:
+    """Name, purpose and size of each."""
+    for name in recipes():
+        console.print(Text.assemble((name, "bold"), "  ", purpose(name)))
+        console.print(Text(f"    {shape(RunSpec.recipe(name))}", "grey62"))
+    console.print("\nStart one with: koinon run NAME. Change what you like: --set train.steps=100")
+
+
+def purpose(name: str) -> str:
+    """The comment that a recipe begins with."""
+    first = resources.files("koinon").joinpath("recipes", f"{name}.toml").read_text("utf-8").splitlines()[0]
+    return first.removeprefix("#").strip()
+
+
+def shape(spec: RunSpec) -> str:
+    """What will run, in one line."""
+    model, train = spec.model, spec.train
+    return (
+        f"size {model.size}, {model.layers} layers in {model.stages} stages, {spec.league.replicas} workers each; "
+        f"{train.steps} steps of {spec.step_tokens:,} tokens"
+    )

@@ -83,6 +83,7 @@ class Coordinator:
         self.finished = asyncio.Event()
         self._publisher = Publisher(log, transport)
         self._heard: dict[Member, float] = {}
+        self._wishes: dict[Member, str] = {}
         self._since: dict[Member, float] = {}
         self._silences = History()
         self._reduces = [History() for _ in range(spec.model.stages)]
@@ -141,18 +142,23 @@ class Coordinator:
     async def _on_join(self, peer: PeerId, message: m.Join, _body: bytearray) -> Answer:
         if self.state.phase in (Phase.FAILED, Phase.STOPPED):
             raise Refused(f"The run is {self.state.phase}: {self.state.reason}")
-        if old := self.state.member_of(peer):
+        old = self.state.member_of(peer)
+        if old and self._wishes.get(old.member) == message.wish:
+            return self._welcome(old, message)  # our answer got lost
+        if old:
             self.write(ev.SeatLeft(old.member, "its process started anew"))
         stage = self._stage_for(peer, message)
-        seat = self._free_seat(stage)
         member = Member(self.state.next_member)
-        begin = self._begin(self.state.stages[stage], message)
         self._transport.learn(NodeAddr(peer, message.addresses))
-        self.write(ev.Seated(member, peer, message.account, stage, seat, message.addresses))
+        self.write(ev.Seated(member, peer, message.account, stage, self._free_seat(stage), message.addresses))
         self._heard[member] = self._clock()
-        return m.Welcome(
-            member, stage, seat, begin, self.state.stages[stage].step, self.state.spec, self._pass(peer, message, stage)
-        )
+        self._wishes[member] = message.wish
+        return self._welcome(self.state.seats[member], message)
+
+    def _welcome(self, seat: Seat, message: m.Join) -> m.Welcome:
+        stage = self.state.stages[seat.stage]
+        begin, shown = self._begin(stage, seat, message), self._pass(PeerId(seat.worker), message, seat.stage)
+        return m.Welcome(seat.member, seat.stage, seat.seat, begin, stage.step, self.state.spec, shown)
 
     def _stage_for(self, peer: PeerId, message: m.Join) -> int:
         """An account serves one stage for the life of the run; a newcomer is drawn to where capacity is least."""
@@ -173,14 +179,14 @@ class Coordinator:
         taken = {s.seat for s in self.state.seats_of(stage)}
         return next(i for i in range(len(taken) + 1) if i not in taken)
 
-    def _begin(self, stage: StageState, message: m.Join) -> str:
+    def _begin(self, stage: StageState, newcomer: Seat, message: m.Join) -> str:
         """How a newcomer gets the stage's state: from a living member, from its own disk, or by founding the stage."""
         if self.state.ready(stage.index):
             return "fetch"
         root = stage.root_at(stage.step)
         if root is not None and (stage.step, root) in message.have:
             return "load"
-        someone_begins = bool(self.state.seats_of(stage.index, SeatStatus.SYNCING))
+        someone_begins = any(s != newcomer for s in self.state.seats_of(stage.index, SeatStatus.SYNCING))
         return "found" if stage.step == 0 and root is None and not someone_begins else "fetch"
 
     def _pass(self, peer: PeerId, message: m.Join, stage: int) -> bytes:
@@ -255,6 +261,7 @@ class Coordinator:
         for member, seat in list(self.state.seats.items()):
             if seat.status is SeatStatus.LEFT:
                 self._heard.pop(member, None)
+                self._wishes.pop(member, None)
                 self.telemetry.pop(member, None)
                 continue
             silent = now - self._heard.setdefault(member, now)

@@ -183,10 +183,14 @@ class Heartbeat(Message, frozen=True):
 
 
 class Join(Message, frozen=True):
-    """A node asks for a seat. `have`: (step, root) of every snapshot of `stage` on its disk, newest first."""
+    """A node asks for a seat. `have`: (step, root) of every snapshot of `stage` on its disk, newest first.
+
+    `wish`: drawn anew whenever a seat is asked for, so that a repeated message is not taken for a new process.
+    """
 
     account: str
     addresses: tuple[str, ...]
+    wish: str
     stage: int | None = None
     have: tuple[tuple[int, str], ...] = ()
     nbytes: int = 0

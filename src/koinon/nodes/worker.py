@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import resource
+import secrets
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ class Worker:
 
     async def _join(self) -> m.Welcome:
         stage, have = self._syncer.inventory(self._wanted)
-        message = m.Join(self._account, self._addresses, stage, have)
+        message = m.Join(self._account, self._addresses, secrets.token_hex(8), stage, have)
         welcome = await insist(self._transport, self._coordinator, m.JOIN, message)
         assert isinstance(welcome, m.Welcome)
         return welcome

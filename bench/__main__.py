@@ -5,8 +5,9 @@
     python -m bench exactness ...    only these; writes nothing
 
 A benchmark is a module of this folder that can be run. It reports progress on stderr and ends its stdout with one JSON
-line: {"bench", "figures", "targets", "holds", "environment"}. One that does not end, or ends otherwise, fails this
-command; a target that is missed does not. Knows nothing of what is measured.
+line: {"bench", "figures", "targets", "holds", "environment"} and, where it has more to say, a "text" in Markdown. One
+that does not end, or ends otherwise, fails this command; a target that is missed does not. Knows nothing of what is
+measured.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def section(result: dict[str, Any]) -> str:
     ]
     machine = "; ".join(f"{key} {shown(value)}" for key, value in result["environment"].items())
     table = "\n".join(["| figure | measured | target | holds |", "|---|---|---|---|", *rows])
-    return f"## {result['bench']}\n\n`python -m bench.{result['bench']}`\n\n{table}\n\n{machine}\n"
+    parts = [f"## {result['bench']}", f"`python -m bench.{result['bench']}`", table, machine, result.get("text", "")]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def verdict(result: dict[str, Any], figure: str) -> str:

@@ -16,7 +16,7 @@ PICTURE = "images/compression.svg"
 def text(rows: Rows) -> str:
     """What stands below the figures."""
     parts = [f"![Held-out loss and gap against tokens of training]({PICTURE})", *_final(rows), *_others(rows)]
-    return "\n\n".join([*parts, _provenance(list(rows))]) + "\n"
+    return "\n\n".join([*parts, _provenance(list(rows))])
 
 
 def picture(rows: Rows) -> str:

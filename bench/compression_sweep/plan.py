@@ -17,9 +17,8 @@ from bench.compression_sweep.wires import WIRES
 from koinon.model.config import ModelConfig
 from koinon.model.layout import match_parameters, trained_count
 
-HORIZONS: Final = (192, 512, 1280)
-"""Steps of 1,024 tokens."""
-TUNING: Final = (128, 384)
+HORIZONS: Final = (128, 384, 1280)
+"""Steps of 1,024 tokens. Tuning and comparisons stop at the second."""
 SEEDS: Final = (0, 1, 2)
 NARROW: Final[dict[str, Any]] = {"rank": 12, "codec": "int4"}
 """8 bytes with the row's scale: 64 times fewer than 128 fp32 numbers."""
@@ -41,6 +40,11 @@ class Job:
     corpus: Corpus
     seed: int
     horizons: Sequence[int]
+
+
+def _config(**model: Any) -> ModelConfig:
+    base: dict[str, Any] = {"layers": 8, "stages": 4, "vocab": 256, "context": 128, "table": 1024}
+    return ModelConfig.from_dial(128, **{**base, **model})
 
 
 def narrow(name: str, *, rates: Rates = TUNED, **model: Any) -> Variant:
@@ -79,25 +83,18 @@ def tried() -> list[tuple[Variant, Variant]]:
 
 def jobs() -> Iterator[Job]:
     """In the order of their worth, for sweeps that are cut short."""
-    for corpus in CORPORA:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for corpus in CORPORA:
             for variant in (CANDIDATE, TWIN):
                 yield Job(variant, corpus, seed, HORIZONS)
-    for variant in compared():
+    pairs = [variant for pair in tried() for variant in pair if variant.model != TWIN.model]
+    for variant in (*compared(), *pairs):
         yield Job(variant, "code", 0, HORIZONS[:2])
-    for pair in tried():
-        for variant in pair:
-            yield Job(variant, "code", 0, TUNING)
 
 
 def quick() -> list[Job]:
     """One point."""
     return [Job(variant, "code", 0, (40,)) for variant in (CANDIDATE, TWIN, dense("top-2", wire="top-2"))]
-
-
-def _config(**model: Any) -> ModelConfig:
-    base: dict[str, Any] = {"layers": 8, "stages": 4, "vocab": 256, "context": 128, "table": 1024}
-    return ModelConfig.from_dial(128, **{**base, **model})
 
 
 def bytes_of(variant: Variant, rows: int) -> float:

@@ -7,10 +7,15 @@ clock is virtual and a test of minutes takes seconds.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from koinon.data import DataConfig, prepare
 from koinon.net.hub import Faults, Hub
 from koinon.net.identity import NodeKey
 from koinon.net.memory import MemoryTransport
@@ -26,6 +31,15 @@ from koinon.nodes.worker import Worker
 from koinon.run import events as ev
 from koinon.run.spec import RunSpec
 from koinon.run.state import RunState, SeatStatus
+
+
+@functools.cache
+def _prepared(config: DataConfig) -> Path:
+    """The data, prepared once for all leagues of a test session."""
+    folder = Path(tempfile.mkdtemp(prefix="koinon-data-"))
+    atexit.register(shutil.rmtree, folder)
+    prepare(config, folder)
+    return folder
 
 
 @dataclass
@@ -60,6 +74,8 @@ class TwinLeague:
     async def __aenter__(self) -> TwinLeague:
         self.hub = Hub(self.seed, self.faults)
         self.directory = RunDir(self.path)
+        if not self.resume:
+            shutil.copytree(_prepared(self.spec.data), self.directory.data)
         run = reopen(self.directory) if self.resume else create(self.spec, self.directory, lambda *_: None)
         self.control = Control(run, MemoryTransport(self.hub, run.key), board := Switchboard(STATE_LIMIT))
         del board
@@ -148,9 +164,7 @@ class TwinLeague:
     async def ready(self) -> None:
         """Until every seat is ready."""
         wanted = self.spec.league.replicas
-        await self.until(
-            lambda s: all(len(s.seats_of(st.index, SeatStatus.READY)) >= wanted for st in s.stages)
-        )
+        await self.until(lambda s: all(len(s.seats_of(st.index, SeatStatus.READY)) >= wanted for st in s.stages))
 
     async def trained(self) -> RunState:
         await self.control.ended()

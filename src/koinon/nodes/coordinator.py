@@ -180,12 +180,15 @@ class Coordinator:
         return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def _begin(self, stage: StageState, newcomer: Seat, message: m.Join) -> str:
-        """How a newcomer gets the stage's state: from a living member, from its own disk, or by founding the stage."""
-        if self.state.ready(stage.index):
-            return "fetch"
+        """How a newcomer gets the stage's state: from its own disk, from a living member, or by founding the stage.
+
+        The disk comes first: it is quick, and may hold optimizer state that no living member has.
+        """
         root = stage.root_at(stage.step)
         if root is not None and (stage.step, root) in message.have:
             return "load"
+        if self.state.ready(stage.index):
+            return "fetch"
         someone_begins = any(s != newcomer for s in self.state.seats_of(stage.index, SeatStatus.SYNCING))
         return "found" if stage.step == 0 and root is None and not someone_begins else "fetch"
 

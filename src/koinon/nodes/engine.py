@@ -327,11 +327,11 @@ class Engine:
         self.step = prepared.step
         self.zero()
 
-    def adopt(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Take another member's weights of a later step; optimizer state of an earlier one is worth nothing then."""
+    def adopt(self, weights: Mapping[str, Tensor], momentum: Mapping[str, State], step: int) -> None:
+        """Take another member's weights of a later step, with the optimizer state that came along."""
         self._previous = {}
         self.stage.load(weights)
-        self.momentum = {}
+        self.momentum = dict(momentum)
         self.step = step
         self.zero()
 

@@ -40,7 +40,7 @@ class RunFollower:
 
     async def start(self, addresses: tuple[str, ...]) -> None:
         """Ask the coordinator for the log from where this copy ends."""
-        await self._transport.request(self._coordinator, m.CTL, m.Follow(self.next_seq, addresses))
+        await insist(self._transport, self._coordinator, m.CTL, m.Follow(self.next_seq, addresses))
 
     async def _records(self, peer: PeerId, message: m.Records, _body: bytearray) -> Answer:
         if peer != self._coordinator:

@@ -36,7 +36,7 @@ from koinon.run.events import Member
 from koinon.run.items import unpack
 from koinon.run.policies.deadlines import History, deadline, observe
 from koinon.run.spec import RunSpec
-from koinon.run.state import OpenReduce, RunState, SeatStatus
+from koinon.run.state import OpenReduce, RunState
 from koinon.units import PeerId, Seconds
 
 log = logging.getLogger(__name__)
@@ -264,18 +264,15 @@ class Reducer:
 
     async def _ensure_momentum(self, reduce: OpenReduce, names: tuple[str, ...]) -> list[str]:
         """Fetch optimizer state that we are to use for the first time; returns what nobody has any more."""
-        state, missing = self._state(), [n for n in names if n not in self._engine.momentum]
-        if not missing or not (holders := state.stages[self._stage].holders()) or reduce.step == 0:
+        missing = [n for n in names if n not in self._engine.momentum]
+        if not missing or reduce.step == 0:
             return []
-        before = Shares.among(self._engine.sizes, holders, state)
-        for holder in holders:
-            wanted = [n for n in missing if n in before.summed[holder]]
-            seat = state.seats.get(holder)
-            if not wanted or seat is None or holder == self._member or seat.status is SeatStatus.LEFT:
+        for seat in self._state().seats_of(self._stage):
+            if seat.member == self._member or not missing:
                 continue
             with contextlib.suppress(PeerError):
                 self._engine.momentum |= await self._syncer.momentum(
-                    PeerId(seat.worker), self._stage, reduce.step, wanted
+                    PeerId(seat.worker), self._stage, reduce.step, missing
                 )
             missing = [n for n in missing if n not in self._engine.momentum]
         if missing:

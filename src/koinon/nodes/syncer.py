@@ -92,11 +92,15 @@ class Syncer:
             case "load":
                 path = snapshot_path(self._directory, welcome.step)
                 step = welcome.step
-                stage, momentum = await self._compute.run(lambda: _restored(spec, welcome.stage, path))
+                try:
+                    stage, momentum = await self._compute.run(lambda: _restored(spec, welcome.stage, path))
+                except SnapshotCorrupt as error:
+                    path.rename(path.with_suffix(".damaged"))  # kept for whoever wants to know why
+                    raise NothingToResume(f"{error} It was set aside.") from error
             case _:
                 step, tensors = await self._fetch(welcome.stage, follower)
                 stage = Stage.restore(config, welcome.stage, _under(tensors, _FROZEN), _under(tensors, _WEIGHTS))
-                momentum = {}
+                momentum = _states(tensors)
         budget = spec.league.graph_budget_mib * 2**20
         self._engine = engine = Engine(config, spec.optim, stage, step, momentum, budget)
         await self._compute.run(lambda: self.save(engine, engine.current()))
@@ -105,7 +109,7 @@ class Syncer:
     async def catch_up(self, engine: Engine, follower: RunFollower) -> None:
         """Fetch the stage's newest weights into an engine that missed a step."""
         step, tensors = await self._fetch(engine.stage.index, follower, newer_than=engine.step)
-        await self._compute.run(lambda: engine.adopt(_under(tensors, _WEIGHTS), step))
+        await self._compute.run(lambda: engine.adopt(_under(tensors, _WEIGHTS), _states(tensors), step))
         await self._compute.run(lambda: self.save(engine, engine.current()))
 
     async def _fetch(self, stage: int, follower: RunFollower, newer_than: int = -1) -> tuple[int, dict[str, Tensor]]:
@@ -139,8 +143,7 @@ class Syncer:
             return
         label = Label(engine.stage.index, prepared.step, prepared.root)
         tensors = _over(engine.stage.frozen(), _FROZEN) | _over(prepared.weights, _WEIGHTS)
-        for name, state in prepared.momentum.items():
-            tensors |= _over(state, f"{_MOMENTUM}{name}/")
+        tensors |= _momentum(prepared.momentum)
         path = snapshot_path(self._directory, prepared.step)
         save(path, tensors, {k: str(v) for k, v in msgspec.to_builtins(label).items()})
 
@@ -163,8 +166,13 @@ class Syncer:
     async def _on_state_wanted(self, peer: PeerId, message: m.StateWanted, _body: bytearray) -> Answer:
         engine = self._same_stage(peer, message.stage)
 
+        # Where nobody else is ready, the newcomer is the only second that optimizer state can have.
+        is_alone = len(self._state().ready(message.stage)) == 1
+
         def packed() -> tuple[int, bytes]:
             tensors = _over(engine.stage.frozen(), _FROZEN) | _over(engine.weights(), _WEIGHTS)
+            if is_alone:
+                tensors |= _momentum(engine.momentum)
             return engine.step, safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
 
         step, body = await self._compute.run(packed)
@@ -176,9 +184,7 @@ class Syncer:
         def packed() -> bytes:
             if engine.step != message.step:
                 return b""
-            tensors: dict[str, Tensor] = {}
-            for name in message.tensors:
-                tensors |= _over(engine.momentum.get(name, {}), f"{_MOMENTUM}{name}/")
+            tensors = _momentum({n: engine.momentum[n] for n in message.tensors if n in engine.momentum})
             return safetensors.torch.save(tensors) if tensors else b""
 
         body = await self._compute.run(packed)
@@ -209,7 +215,11 @@ def _restored(spec: RunSpec, stage: int, path: Path) -> tuple[Stage, dict[str, S
     if root(weights) != label.get("root"):
         raise SnapshotCorrupt(f"{path} is damaged: its weights are not those it was written with.")
     stage_ = Stage.restore(spec.model, stage, _under(tensors, _FROZEN), weights)
-    return stage_, _states({k: t for k, t in tensors.items() if k.startswith(_MOMENTUM)})
+    return stage_, _states(tensors)
+
+
+def _momentum(states: Mapping[str, State]) -> dict[str, Tensor]:
+    return {f"{_MOMENTUM}{name}/{part}": tensor for name, state in states.items() for part, tensor in state.items()}
 
 
 def _states(tensors: Mapping[str, Tensor]) -> dict[str, State]:

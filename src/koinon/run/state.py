@@ -86,11 +86,6 @@ class StageState:
     def root_at(self, step: int) -> str | None:
         return next((v.root for v in reversed(self.versions) if v.step == step), None)
 
-    def holders(self) -> tuple[Member, ...]:
-        """Members of the last step: among them lies the optimizer state."""
-        return self.versions[-1].members if self.versions else ()
-
-
 @dataclass(frozen=True, slots=True)
 class Credit:
     items: int = 0

@@ -4,6 +4,7 @@ gradient_<form>: the gradient of a step that ran through stages, microbatch by m
 frames, against one autograd graph without boundaries: ‖difference‖ / ‖gradient‖ of the worst tensor, fp32.
 cost_<form>: that gradient against central differences of J, penalty included, in fp64 with step 1e-4:
 ‖numeric - gradient‖ / (‖numeric‖ + ‖gradient‖) over probed entries of the worst tensor. Every trained tensor is probed.
+final_loss_<replicas>x: |league - one process| of the last step's training loss, real processes, in nats.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from bench.harness import Figure, main
+from bench.harness import Figure, main, progress
+from koinon import LocalSwarm, RunSpec
+from koinon.cli.single import losses
 from koinon.cost import penalty_gradient
 from koinon.model.codec import decode, encode
 from koinon.model.config import Form, ModelConfig
 from koinon.model.stage import Stage
 from koinon.model.subspace import Edges
+from koinon.nodes.rundir import RunDir
+from koinon.run.events import StepMeasured
 
 FORMS: tuple[Form, ...] = ("stream", "writer", "dense")
 PENALTY, STEP = 0.1, 1e-4
@@ -35,7 +42,25 @@ def measure(quick: bool) -> Iterator[Figure]:
     for form in FORMS:
         small = ModelConfig.from_dial(32, form=form, codec="fp32", vocab=64, context=16, layers=6, stages=3)
         yield Figure(f"cost_{form}", difference_error(small, probes=4 if quick else 20), at_most=1e-6)
-    # The third figure belongs here: the final loss of a league against one process, same seed, data and exact wire.
+    for replicas in (1, 2):
+        yield Figure(f"final_loss_{replicas}x", loss_difference(replicas, steps=20 if quick else 200), at_most=1e-4)
+
+
+def loss_difference(replicas: int, *, steps: int) -> float:
+    """|training loss of the last step, league - one process|, in nats: same seed, same text, fp32 on the wire."""
+    spec = RunSpec.of(
+        name="exactness",
+        model={"size": 64, "layers": 4, "stages": 4, "context": 64, "codec": "fp32"},
+        train={"steps": steps, "batch": 8, "microbatch": 2, "eval_every": 0, "eval_sequences": 4},
+        league={"replicas": replicas},
+    )
+    with TemporaryDirectory() as folder:
+        with LocalSwarm(spec, folder) as swarm:
+            league = {e.step: e.loss for e in swarm.events() if isinstance(e, StepMeasured)}
+        one = list(losses(RunDir(Path(folder))))
+    worst = max(abs(league[step] - loss) for step, loss in enumerate(one))
+    progress(f"{replicas} workers per stage, {steps} steps: the losses are never further apart than {worst:.1e} nats")
+    return abs(league[steps - 1] - one[-1])
 
 
 def founded(config: ModelConfig) -> list[Stage]:

@@ -7,6 +7,7 @@ Knows nothing of who starts the workers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koinon.data import Dataset, prepare
-from koinon.errors import DiskFull, NothingToResume, RunExists
+from koinon.errors import DiskFull, NothingToResume, RunExists, StateError
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr, Transport
 from koinon.nodes import messages as m
@@ -187,14 +188,18 @@ class Control:
         finished = asyncio.create_task(self.coordinator.finished.wait())
         done, _ = await asyncio.wait([finished, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
         finished.cancel()
+        if self.coordinator.failure is not None:
+            raise self.coordinator.failure
         for task in done:
             task.result()
 
     async def drain(self, reason: str) -> None:
         """Log why, and give everyone the time to read it. The directory can be resumed. Twice is once."""
-        if self.coordinator.state.phase is Phase.TRAINING:
+        if self.coordinator.state.phase is not Phase.TRAINING or self.coordinator.failure is not None:
+            return
+        with contextlib.suppress(StateError):  # it is kept in `failure`; the run can be resumed without this event
             self.coordinator.stop(reason)
-            await asyncio.wait(self._tasks, timeout=DRAIN.value)
+        await asyncio.wait(self._tasks, timeout=DRAIN.value)
 
     async def close(self) -> None:
         """Stop. Call it when the workers are gone: until then they are answered."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from koinon.errors import Refused
+from koinon.errors import Refused, StateError
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey
 from koinon.net.passes import Pass, issue
@@ -43,6 +43,7 @@ FAREWELL = Seconds(3.0)
 """How long the last records are offered to followers when the run has ended."""
 PASS_LIFETIME = Seconds(15 * 60)
 DISPUTES_ALLOWED = 3
+_WORTH_A_SYNC = (ev.StepMeasured, ev.RunStopped, ev.RunCompleted, ev.RunFailed, ev.RunResumed)
 _TRAINER_MAY = (ev.Excluded, ev.ItemsReleased, ev.ItemDropped, ev.StepMeasured, ev.Evaluated, ev.RunCompleted)
 
 
@@ -81,6 +82,8 @@ class Coordinator:
         )
         self.telemetry: dict[Member, m.Telemetry] = {}
         self.finished = asyncio.Event()
+        self.failure: StateError | None = None
+        """Why the log takes nothing more, if it does not."""
         self._publisher = Publisher(log, transport)
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
@@ -115,10 +118,19 @@ class Coordinator:
             self._publisher.close()
 
     def write(self, *events: ev.Event) -> None:
-        """Append to the log, fold, publish. Raises DiskFull, and then nothing of these events has happened."""
-        now = time.time()
+        """Append to the log, fold, publish. What every stage has stepped outlives a power cut.
+
+        Raises DiskFull (or another StateError): what was not written has not happened, and the run ends here, resumable.
+        """
+        now, held = time.time(), self.log.head.seq
         stamped = [msgspec.structs.replace(event, at=now) for event in events]
-        records = self.log.append_many(stamped)
+        try:
+            records = self.log.append_many(stamped, sync=any(isinstance(e, _WORTH_A_SYNC) for e in events))
+        except StateError as error:
+            self.failure = error
+            self.finished.set()
+            raise
+        assert len(records) == self.log.head.seq - held
         for event in stamped:
             self.state = apply(self.state, event)
             self._note(event)
@@ -217,6 +229,8 @@ class Coordinator:
     async def _on_ready(self, peer: PeerId, message: m.Ready, _body: bytearray) -> Answer:
         seat = self._seat(peer, message.member)
         stage = self.state.stages[seat.stage]
+        if seat.status is not SeatStatus.SYNCING:
+            return m.Ack()  # a late twin; or unreachable, and its next heartbeat begins this anew
         if message.step != stage.step:
             raise Refused(f"Stage {seat.stage} is at step {stage.step} by now; you have {message.step}: fetch again.")
         root = stage.root_at(stage.step)
@@ -224,8 +238,7 @@ class Coordinator:
             raise Refused(
                 f"Your weights of stage {seat.stage} at step {stage.step} are not those of the log: fetch them."
             )
-        if seat.status is SeatStatus.SYNCING:
-            self.write(ev.SeatReady(seat.member, message.step, message.root))
+        self.write(ev.SeatReady(seat.member, message.step, message.root))
         return m.Ack()
 
     async def _on_heartbeat(self, peer: PeerId, message: m.Heartbeat, _body: bytearray) -> Answer:

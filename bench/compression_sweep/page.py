@@ -59,7 +59,7 @@ def _final(rows: Rows) -> Iterator[str]:
 def _others(rows: Rows) -> Iterator[str]:
     yield "The uncompressed model over other wires, and single changes, each against the twin with its tables (seed 0):"
     lines = ["| | bytes | tokens | loss | gap |", "|---|---|---|---|---|"]
-    pairs = [(variant, plan.TWIN) for variant in plan.compared()] + plan.tried()
+    pairs = [(variant, plan.TWIN) for variant in (*plan.OTHER_RATES, *plan.compared())] + plan.tried()
     for variant, reference in pairs:
         lines += _row(rows, variant, reference)
     yield "\n".join(lines)

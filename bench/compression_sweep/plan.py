@@ -66,27 +66,40 @@ CANDIDATE: Final = narrow("candidate")
 TWIN: Final = dense("twin")
 
 
+FASTER: Final = Rates(1.5e-2, 8e-3)
+OTHER_RATES: Final = (narrow("candidate, higher rates", rates=FASTER), dense("twin, higher rates", rates=FASTER))
+
+
 def compared() -> list[Variant]:
     """The uncompressed stream over other wires, and the form of arXiv:2506.01260, in which every write is narrow."""
     return [*(dense(name, wire=name) for name in WIRES), narrow("narrow writes", form="writer")]
 
 
 def tried() -> list[tuple[Variant, Variant]]:
-    """Single changes to the candidate, each with the twin that has the same tables."""
+    """Changes to the candidate, each with the twin that has its tables and cuts."""
     changes: dict[str, dict[str, Any]] = {
         "k = 6 in int8": {"rank": 6, "codec": "int8"},
         "trained lifts": {"trained_lifts": True},
-        "trigrams and 4 taps": {"grams": 3, "taps": 4},
+        "deep exit": {"reading": "deep"},
+        "trigrams, 4 taps, tables of 4096": {"grams": 3, "taps": 4, "table": 4096},
+        "2 stages of 4 layers": {"stages": 2, "table": 2048},
     }
     return [(narrow(name, **change), dense(f"twin: {name}", **change)) for name, change in changes.items()]
 
 
 def jobs() -> Iterator[Job]:
     """In the order of their worth, for sweeps that are cut short."""
-    for seed in SEEDS:
+    for variant in OTHER_RATES:
+        yield Job(variant, "code", 0, HORIZONS[:1])
+    for number, seed in enumerate(SEEDS):
         for corpus in CORPORA:
             for variant in (CANDIDATE, TWIN):
                 yield Job(variant, corpus, seed, HORIZONS)
+        if number == 0:
+            yield from _searched()
+
+
+def _searched() -> Iterator[Job]:
     pairs = [variant for pair in tried() for variant in pair if variant.model != TWIN.model]
     for variant in (*compared(), *pairs):
         yield Job(variant, "code", 0, HORIZONS[:2])

@@ -15,6 +15,8 @@ from typing import Any
 
 from koinon.model.config import ModelConfig
 
+_OFF = (0, False, "none", "linear", "nearest")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
@@ -27,8 +29,10 @@ class Variant:
     wire: str = ""
 
     def digest(self, batch: int) -> str:
-        """Of what decides the result beside corpus, seed and horizon; the name does not."""
-        decides = [asdict(self.model), self.muon_lr, self.adamw_lr, self.wire, batch]
+        """Of what decides the result beside corpus, seed and horizon; the name does not. Options that are off are left
+        out, so that a model that learns a new option keeps its old rows."""
+        on = {name: value for name, value in asdict(self.model).items() if value not in _OFF}
+        decides = [on, self.muon_lr, self.adamw_lr, self.wire, batch]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 

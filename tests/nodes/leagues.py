@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,15 +52,62 @@ def spec_of(replicas: int = 1, stages: int = 2, **tables: dict[str, Any]) -> Run
     )
 
 
-def run_league(spec: RunSpec, path: Path, act: Callable[[TwinLeague], Any] | None = None, **more: Any) -> TwinLeague:
+@dataclass
+class Rehearsal(TwinLeague):
+    """A twin in which nothing is left to chance (node keys included), with a host that replaces workers that end."""
+
+    ended_at: float = 0.0
+
+    async def __aenter__(self) -> Rehearsal:
+        _lay_keys(self.path, self.spec)
+        await super().__aenter__()
+        self._host = asyncio.create_task(self._replace_the_ended())
+        return self
+
+    async def __aexit__(self, *details: object) -> None:
+        self._host.cancel()
+        await super().__aexit__(*details)
+
+    async def vanish(self) -> None:
+        """Everything is gone at once, control process included: what is on the disk is all there is."""
+        self._host.cancel()
+        for task in self.control._tasks:
+            task.cancel()
+        self.control.transport.kill()
+        for stage, seat in list(self.workers):
+            await self.kill(stage, seat, tell=False)
+        self.control.run_.log.close()
+
+    async def _replace_the_ended(self) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            if self.state.phase in (Phase.STOPPED, Phase.FAILED):
+                return
+            for place, one in list(self.workers.items()):
+                if one.task.done():
+                    await self.kill(*place)
+                    await self.start(*place)
+
+
+def _lay_keys(path: Path, spec: RunSpec) -> None:
+    folders = [path / "seats" / f"{stage:02d}-{seat:02d}" for stage in range(spec.model.stages) for seat in range(8)]
+    for folder in (path / "control", *folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        key = folder / "key"
+        key.write_text(sha256(str(folder.relative_to(path)).encode()).hexdigest())
+        key.chmod(0o600)
+
+
+def run_league(spec: RunSpec, path: Path, act: Callable[[Rehearsal], Any] | None = None, **more: Any) -> Rehearsal:
     """Train to the end while `act(league)`, a coroutine function, does what it likes to the league."""
 
-    async def go() -> TwinLeague:
-        async with asyncio.timeout(PATIENCE), TwinLeague(spec, path, **more) as league:
+    async def go() -> Rehearsal:
+        async with asyncio.timeout(PATIENCE), Rehearsal(spec, path, **more) as league:
             acting = asyncio.create_task(act(league)) if act else None
             await league.trained()
             if acting is not None:
                 await acting
+            league.ended_at = asyncio.get_running_loop().time()
             return league
 
     return run_virtual(go())

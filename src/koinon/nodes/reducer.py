@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from koinon.errors import DiskFull, FrameMalformed, KoinonError, PeerError, Refused
+from koinon.errors import DiskFull, FrameMalformed, KoinonError, NonFiniteLoss, PeerError, Refused
 from koinon.model.codec import nbytes
 from koinon.net.transport import Answer, Drop, Transport
 from koinon.nodes import messages as m
@@ -138,9 +138,9 @@ class Reducer:
     async def _take_part(self, reduce: OpenReduce) -> None:
         try:
             await self._reduce(reduce)
-        except* DiskFull as full:  # a group, because it may come out of the group of pushes
-            for error in full.exceptions:
-                assert isinstance(error, DiskFull)
+        except* (DiskFull, NonFiniteLoss) as group:  # it may come out of the group of pushes
+            for error in group.exceptions:
+                assert isinstance(error, DiskFull | NonFiniteLoss)
                 await self._give_up(error)
         except* PeerError as group:
             log.warning("reduce of step %s, attempt %s: %s", reduce.step, reduce.attempt, list(group.exceptions))
@@ -205,6 +205,11 @@ class Reducer:
             )
         except FrameMalformed as error:
             culprit = contributors[int(str(error).split()[1])]
+            if contributors == [self._member]:
+                raise NonFiniteLoss(
+                    f"The gradient of step {reduce.step} is not finite. Lower `muon_lr` and `adamw_lr`, then resume: "
+                    "the last committed step is intact."
+                ) from error
             await self._complain(reduce, culprit, str(error))
             raise
 

@@ -107,7 +107,9 @@ class Syncer:
         return engine
 
     async def catch_up(self, engine: Engine, follower: RunFollower) -> None:
-        """Fetch the stage's newest weights into an engine that missed a step."""
+        """Fetch the stage's newest weights into an engine that missed a step, if our copy of the log knows of one."""
+        if follower.state.stages[engine.stage.index].step <= engine.step:
+            return
         step, tensors = await self._fetch(engine.stage.index, follower, newer_than=engine.step)
         await self._compute.run(lambda: engine.adopt(_under(tensors, _WEIGHTS), _states(tensors), step))
         await self._compute.run(lambda: self.save(engine, engine.current()))

@@ -120,7 +120,7 @@ class Coordinator:
     def write(self, *events: ev.Event) -> None:
         """Append to the log, fold, publish. What every stage has stepped outlives a power cut.
 
-        Raises DiskFull (or another StateError): what was not written has not happened, and the run ends here, resumable.
+        Raises DiskFull (or another StateError): what was not written has not happened, and the run ends, resumable.
         """
         now, held = time.time(), self.log.head.seq
         stamped = [msgspec.structs.replace(event, at=now) for event in events]

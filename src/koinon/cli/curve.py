@@ -15,14 +15,17 @@ from rich.text import Text
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of each dot of a braille character, by row and column (Unicode block 2800)."""
 AXIS = "grey50"
+LEAST_SPAN = 0.5
+"""Of the y axis, so that noise is not blown up to mountains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`points` (x, y) at rising x. Where lines meet, the later one's colour shows."""
+    """`points` (x, y) at rising x, joined; or, with a `sign`, a character at each. The later line lies on top."""
 
     points: tuple[tuple[float, float], ...]
     style: str
+    sign: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class Frame:
         xs = [x for line in lines for x, _ in line.points]
         ys = [y for line in lines for _, y in line.points]
         low, high = min(ys, default=0.0), max(ys, default=1.0)
-        if high - low < 1e-9:
-            low, high = low - 0.5, high + 0.5
+        if (missing := LEAST_SPAN - (high - low)) > 0:
+            low, high = low - missing / 2, high + missing / 2
         return cls(0.0, max(1.0, x_end, *xs), low, high)
 
 
@@ -60,10 +63,16 @@ class Canvas:
     def __init__(self, width: int, height: int, frame: Frame) -> None:
         self.width, self.height, self.frame = width, height, frame
         self._bits = [[0] * width for _ in range(height)]
+        self._signs = [[""] * width for _ in range(height)]
         self._styles = [[""] * width for _ in range(height)]
 
     def draw(self, line: Line) -> None:
         dots = [self._dot(x, y) for x, y in line.points]
+        if line.sign:
+            for across, down in dots:
+                self._signs[down // 4][across // 2] = line.sign
+                self._styles[down // 4][across // 2] = line.style
+            return
         if len(dots) == 1:
             self._set(*dots[0], line.style)
         for start, end in pairwise(dots):
@@ -71,10 +80,10 @@ class Canvas:
                 self._set(across, down, line.style)
 
     def rows(self) -> Iterator[Text]:
-        for bits, styles in zip(self._bits, self._styles, strict=True):
+        for bits, signs, styles in zip(self._bits, self._signs, self._styles, strict=True):
             row = Text()
-            for bit, style in zip(bits, styles, strict=True):
-                row.append(chr(0x2800 + bit) if bit else " ", style)
+            for bit, sign, style in zip(bits, signs, styles, strict=True):
+                row.append(sign or (chr(0x2800 + bit) if bit else " "), style)
             yield row
 
     def column(self, x: float) -> int:
@@ -101,8 +110,8 @@ def chart(
     x_end: how far the x axis goes at least. Empty if there is no room for a chart (8 x 4 characters).
     """
     frame = Frame.around(lines, x_end)
-    labels = _y_labels(frame, height - 2)
-    gutter = max(map(len, labels))
+    labels = _y_labels(frame, height - 2) if any(line.points for line in lines) else [""] * (height - 2)
+    gutter = max(map(len, labels), default=0)
     if width - gutter - 1 < 8 or height < 4:
         return []
     canvas = Canvas(width - gutter - 1, height - 2, frame)

@@ -84,9 +84,9 @@ async def run_demo(directory: Path, console: Console, *, fresh: bool, picture: P
         try:
             await stop.run(_demo(order, console, screen, stop, picture))
         except Stopped:
-            console.print(how_it_ended(order, screen.board.state), soft_wrap=True)
+            console.print(how_it_ended(order, screen.board.state))
             raise
-    console.print(what_next(order.directory), soft_wrap=True)
+    console.print(what_next(order.directory))
 
 
 async def _demo(order: Order, console: Console, screen: Screen, stop: Stopping, picture: Path | None) -> None:
@@ -100,7 +100,7 @@ async def _demo(order: Order, console: Console, screen: Screen, stop: Stopping, 
             async with drained(league):
                 await league.finished()
                 await showing.aclose()
-                console.print(what_happened(screen.board, script.heldout), soft_wrap=True)
+                console.print(what_happened(screen.board, script.heldout))
                 await stream(league, PROMPT, Sampling(tokens=240), console)
         left = LONGEST.value - (time.monotonic() - began)
         await _compare(console, script, Seconds(max(left, SHORTEST_COMPARISON.value)))
@@ -108,7 +108,7 @@ async def _demo(order: Order, console: Console, screen: Screen, stop: Stopping, 
 
 async def _compare(console: Console, script: Script, patience: Seconds) -> None:
     steps = script.spec.train.steps
-    console.print(f"\nThe same {steps} steps in one process that holds the whole model, same seed:\n", soft_wrap=True)
+    console.print(f"\nThe same {steps} steps in one process that holds the whole model, same seed:\n")
     if console.is_terminal:
         with console.status(f"at most {patience} for what it has not done yet"):
             await script.single.finished(patience)
@@ -116,7 +116,7 @@ async def _compare(console: Console, script: Script, patience: Seconds) -> None:
         await script.single.finished(patience)
     console.print(comparison.table(script.losses, script.single.losses))
     dropped = script.screen.board.state.tally.items_dropped
-    console.print(f"\n{comparison.verdict(script.losses, script.single.losses, dropped)}", soft_wrap=True)
+    console.print(f"\n{comparison.verdict(script.losses, script.single.losses, dropped)}")
 
 
 def what_happened(board: Board, heldout: dict[int, float]) -> str:
@@ -126,8 +126,8 @@ def what_happened(board: Board, heldout: dict[int, float]) -> str:
     lines = [f"\nHeld-out loss: {heldout[first]:.3f} before, {heldout[last]:.3f} after {last} steps."]
     if board.recoveries:
         lines.append(
-            f"A worker was killed half-way. A fresh process had its seat {board.recoveries[0]:.1f} s later; "
-            f"{tally.items_released} work items were done by others meanwhile, {tally.items_dropped} were dropped."
+            f"A worker was killed half-way. A fresh process had its seat {board.recoveries[0]:.1f} s later. In all, "
+            f"{tally.items_released} work items were given to others and {tally.items_dropped} were dropped."
         )
     lines.append(f"\nWhat the league writes, each token through {board.spec.model.stages} processes:\n")
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def _print(event: ev.Event, state: RunState, console: Console, as_json: bool) ->
     if as_json:
         print(msgspec.json.encode(event).decode())
     else:
-        console.print(line(event, state), soft_wrap=True)
+        console.print(line(event, state))
 
 
 def line(event: ev.Event, state: RunState) -> Text:

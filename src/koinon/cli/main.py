@@ -149,7 +149,8 @@ def recipes() -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, emoji=False)
+    # Lines of a file or a pipe are whole: whoever reads them decides where they break.
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
 
 
 def run() -> None:

@@ -116,7 +116,7 @@ class PlainScreen:
     def prepare(self, what: str, done: int, total: int) -> None:
         if what != self._preparing:
             self._preparing = what
-            self._console.print(f"Preparing the data: {what}.", soft_wrap=True)
+            self._console.print(f"Preparing the data: {what}.")
 
     def hear(self, event: ev.Event, state: RunState) -> None:
         self.board = self.board.heard(event, state)
@@ -148,7 +148,7 @@ class PlainScreen:
         self._told = self.board.noted
 
     def _print(self, at: float, text: str) -> None:
-        self._console.print(f"{clock(at - self.board.began):>7}  {text}", soft_wrap=True)
+        self._console.print(f"{clock(at - self.board.began):>7}  {text}")
 
 
 def step_line(board: Board, event: ev.StepMeasured) -> str:

@@ -32,7 +32,7 @@ def show_status(directory: Path, console: Console, *, as_json: bool) -> None:
         print(json.dumps(as_values(board, now, is_written), indent=2))
         return
     for line in _lines(board, now, is_written, directory):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     if is_written:
         console.print(Text(), grid(board.grid(now), now), sep="\n")
     console.print(Text(), credit(board), sep="\n")

@@ -36,6 +36,14 @@ PHASES: dict[Phase, str] = {
     Phase.STOPPED: "bold yellow",
     Phase.FAILED: "bold red",
 }
+PHASE_WORDS = {Phase.PROPOSED: "starting"}
+"""For people who start a run on their own machine: nobody has to fund it."""
+CELL = 22
+"""Columns of a cell of the grid."""
+MIDDLE = 40
+"""Least columns of either, side by side."""
+AIRY = 28
+"""Rows from which blank ones are affordable."""
 WIDE = 96
 """Columns from which the curve and the grid stand side by side."""
 
@@ -55,11 +63,12 @@ class Preparation:
 
 def render(board: Board, now: float, width: int, height: int, preparing: Preparation | None = None) -> RenderableType:
     """The whole view, `width` columns wide and at most `height` rows high. From 60 x 16 on everything has its place."""
-    top = [header(board, now), progress(board, now, preparing), Text()]
-    facts = [Text(), speed(board, now), absorbed(board.state)]
+    air = [Text()] if height >= AIRY else []
+    top = [header(board, now), progress(board, now, preparing), *air]
+    facts = [*air, speed(board, now), absorbed(board.state)]
     cells = board.grid(now)
     room = height - len(top) - len(facts)
-    notes_rows = max(3, min(10, room // 3))
+    notes_rows = max(3, min(10, room // 3 if width >= WIDE else room // 4))
     middle = _middle(board, cells, now, width, room - notes_rows)
     return Group(*top, middle, *facts, notes(board, notes_rows - 2))
 
@@ -70,10 +79,12 @@ def header(board: Board, now: float) -> RenderableType:
     row.add_column()
     row.add_column(justify="right")
     phase = board.state.phase
-    steps = f"step {board.state.step} of {board.spec.train.steps}"
+    word = (PHASE_WORDS.get(phase, phase.value), PHASES.get(phase, QUIET))
     row.add_row(
-        Text.assemble((" koinon ", "reverse bold"), f"  {board.spec.name}  ", (phase.value, PHASES.get(phase, QUIET))),
-        Text.assemble(steps, (f"   {Seconds(round(board.elapsed(now)))}", QUIET), " "),
+        Text.assemble((" koinon ", "reverse bold"), f"  {board.spec.name}  ", word),
+        Text.assemble(
+            f"step {board.state.step} of {board.spec.train.steps}", (f"   {clock(board.elapsed(now))} ", QUIET)
+        ),
     )
     return row
 
@@ -92,7 +103,7 @@ def progress(board: Board, now: float, preparing: Preparation | None) -> Rendera
 def _progress(board: Board, now: float, preparing: Preparation | None) -> tuple[float | None, str]:
     if preparing is not None:
         return (preparing.done / preparing.total if preparing.total else None), str(preparing)
-    if board.state.phase is Phase.TRAINING and not board.steps.seen:
+    if board.state.phase in (Phase.PROPOSED, Phase.TRAINING) and not board.steps.seen:
         return None, f"starting: {board.ready} of {board.workers} workers are ready"
     left = board.seconds_left(now)
     ends = f"  about {Seconds(left)} left" if left and board.state.phase is Phase.TRAINING else ""
@@ -102,7 +113,7 @@ def _progress(board: Board, now: float, preparing: Preparation | None) -> tuple[
 def speed(board: Board, now: float) -> Text:
     """Tokens per second, and what crosses the wire."""
     per_second, on_wire, ratio = board.tokens_per_second(now), board.bytes_per_token, board.compression
-    line = Text.assemble(" speed  ", (f"{per_second:,.0f} tokens/s", "bold"))
+    line = one_line(" speed     ", (f"{per_second:,.0f} tokens/s", "bold"))
     if on_wire is not None and ratio is not None:
         line.append("     wire  ")
         line.append(f"{on_wire:.1f} bytes", "bold")
@@ -114,7 +125,12 @@ def speed(board: Board, now: float) -> Text:
 
 def absorbed(state: RunState) -> Text:
     """What went wrong and did not matter."""
-    return Text.assemble(" absorbed  ", ", ".join(absorptions(state)) or ("nothing so far", QUIET))
+    return one_line(" absorbed  ", ", ".join(absorptions(state)) or ("nothing so far", QUIET))
+
+
+def one_line(*parts: str | tuple[str, str]) -> Text:
+    """Cut where the terminal ends, so that the rows of a view can be counted."""
+    return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
 def absorptions(state: RunState) -> list[str]:
@@ -140,9 +156,7 @@ def notes(board: Board, rows: int) -> RenderableType:
 
 
 def _note(note: Note, began: float) -> Text:
-    line = Text.assemble((f"{clock(note.at - began)}  ", QUIET), (note.text, STYLES[note.tone]))
-    line.no_wrap, line.overflow = True, "ellipsis"
-    return line
+    return one_line((f"{clock(note.at - began)}  ", QUIET), (note.text, STYLES[note.tone]))
 
 
 def clock(seconds: float) -> str:
@@ -154,7 +168,10 @@ def clock(seconds: float) -> str:
 
 def grid(cells: Sequence[Sequence[Cell]], now: float, *, narrow: bool = False) -> Table:
     """Stages down, seats across: state and speed of each. `narrow`: a sign each."""
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 1))
+    table.add_column(min_width=8)
+    for _ in cells[0]:
+        table.add_column(min_width=1 if narrow else CELL - 1)
     for index, row in enumerate(cells):
         table.add_row(Text(f"stage {index}", QUIET), *(_cell(cell, now, narrow) for cell in row))
     return table
@@ -176,27 +193,33 @@ def _cell(cell: Cell, now: float, narrow: bool) -> Text:
 
 
 def _middle(board: Board, cells: Sequence[Sequence[Cell]], now: float, width: int, rows: int) -> RenderableType:
-    wide = width >= WIDE
-    seats = grid(cells, now, narrow=len(cells[0]) * 22 + 12 > (width // 2 if wide else width))
-    title = f"{len(cells)} stages x {len(cells[0])} workers"
-    if not wide:
-        seat_rows = len(cells) + 2
-        league = Panel(seats, title=title, title_align="left", box=ROUNDED, border_style=QUIET)
-        return Group(curve(board, width, rows - seat_rows), league) if rows - seat_rows >= 6 else league
-    row = Table.grid(expand=True)
-    half = width - max(40, 12 + 22 * len(cells[0]))
-    row.add_column(width=half)
-    row.add_column(ratio=1)
-    league = Panel(
-        Align(seats, vertical="middle"), title=title, title_align="left", box=ROUNDED, border_style=QUIET, height=rows
+    """Curve and grid: side by side where there is room, else the grid below. A curve too low to read is left out."""
+    needed = 13 + CELL * len(cells[0])
+    if width >= WIDE:
+        right = needed if width - needed >= MIDDLE else MIDDLE
+        row = Table.grid()
+        row.add_row(curve(board, width - right, rows), _league(cells, now, right, rows, narrow=right < needed))
+        return row
+    league = _league(cells, now, width, len(cells) + 2, narrow=width < needed)
+    left = rows - len(cells) - 2
+    return Group(curve(board, width, left), league) if left >= 7 else league
+
+
+def _league(cells: Sequence[Sequence[Cell]], now: float, width: int, rows: int, *, narrow: bool) -> RenderableType:
+    return Panel(
+        Align(grid(cells, now, narrow=narrow), vertical="middle"),
+        title=f"{len(cells)} stages x {len(cells[0])} workers",
+        title_align="left",
+        box=ROUNDED,
+        border_style=QUIET,
+        width=width,
+        height=rows,
     )
-    row.add_row(curve(board, half, rows), league)
-    return row
 
 
 def curve(board: Board, width: int, height: int) -> RenderableType:
     """Loss over steps; where a worker was lost, the axis says so."""
-    lines = [Line(tuple(board.training), TRAINING), Line(tuple(board.heldout), HELDOUT)]
+    lines = [Line(tuple(board.training), TRAINING), Line(tuple(board.heldout), HELDOUT, "◆")]
     marks = [Mark(step, "✕", LOST) for step in board.losses_at]
     drawn = chart(lines, width=width - 4, height=height - 2, x_end=board.spec.train.steps, x_label="step", marks=marks)
     return Panel(
@@ -209,7 +232,7 @@ def _legend(board: Board) -> Text:
         return f" {pair[1]:.3f}" if pair else ""
 
     legend = Text.assemble("loss  ", (f"training{last(board.state.loss)}", TRAINING))
-    legend.append_text(Text.assemble("  ", (f"held-out{last(board.state.heldout)}", HELDOUT)))
+    legend.append_text(Text.assemble("  ", (f"◆ held-out{last(board.state.heldout)}", HELDOUT)))
     if board.losses_at:
         legend.append_text(Text.assemble("  ", ("✕ worker lost", LOST)))
     return legend

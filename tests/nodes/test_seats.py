@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from koinon.nodes.faults import Point
 from koinon.run import events as ev
-from tests.nodes.leagues import Paced, assert_whole, run_league, spec_of
-from tests.twin import TwinLeague
+from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_a_process_that_starts_anew_before_anybody_noticed_its_end_takes_one_sea
 ) -> None:
     """Whoever reads that the old seat is void hangs up on that key, and so on the very answer to the new wish."""
 
-    async def restart(league: TwinLeague) -> None:
+    async def restart(league: Rehearsal) -> None:
         await league.ready()
         await asyncio.sleep(1.0)
         await league.kill(0, 0, tell=False)
@@ -31,3 +31,31 @@ def test_a_process_that_starts_anew_before_anybody_noticed_its_end_takes_one_sea
     league = run_league(spec_of(1), tmp_path, restart, make_compute=Paced)
     assert_whole(league, undisturbed)
     assert sum(isinstance(e, ev.Seated) for e in league.events) == 3, "two at first, one anew"
+
+
+@pytest.mark.parametrize("there", [Point.HELD, Point.COMMIT, Point.COMMITTED])
+@pytest.mark.parametrize("here", [Point.BACKWARD, Point.FOLDED, Point.REDUCE, Point.HELD])
+def test_two_stages_die_while_only_one_of_them_has_taken_the_step(
+    tmp_path: Path, undisturbed: dict[int, float], here: Point, there: Point
+) -> None:
+    """Stage 0 needs gradients of step 2 from a stage 1 that has forgotten them and has weights of step 3."""
+    plan = {(0, 0): {(here, 2)}, (1, 0): {(there, 2)}}
+    league = run_league(spec_of(1), tmp_path, make_compute=Paced, plan=plan)
+    assert len(league.deaths) == 2
+    assert_whole(league, undisturbed)
+
+
+def test_a_member_that_fetched_its_weights_can_execute_items_of_the_step_before(
+    tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    """Its own disk is lost as well, so only the other member has the weights before."""
+    plan = {(0, 0): {(Point.REDUCE, 2)}, (0, 1): {(Point.REDUCE, 2)}, (1, 0): {(Point.COMMITTED, 2)}}
+
+    async def lose_its_disk(league: Rehearsal) -> None:
+        await league.until(lambda _: (1, 0) not in league.workers)
+        for snapshot in league.directory.seat(1, 0).glob("*.safetensors"):
+            snapshot.unlink()
+
+    league = run_league(spec_of(2), tmp_path, lose_its_disk, make_compute=Paced, plan=plan)
+    assert len(league.deaths) == 3
+    assert_whole(league, undisturbed)

@@ -327,6 +327,15 @@ class Engine:
         self.step = prepared.step
         self.zero()
 
+    @property
+    def previous(self) -> Mapping[str, Tensor]:
+        """Weights of the step before, for re-executions; empty where they are not known."""
+        return self._previous
+
+    def remember(self, previous: Mapping[str, Tensor]) -> None:
+        """Take the weights of the step before from elsewhere. They must have been held against the log."""
+        self._previous = dict(previous)
+
     def adopt(self, weights: Mapping[str, Tensor], momentum: Mapping[str, State], step: int) -> None:
         """Take another member's weights of a later step, with the optimizer state that came along."""
         self._previous = {}

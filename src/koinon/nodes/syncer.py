@@ -34,7 +34,7 @@ from koinon.units import PeerId
 
 log = logging.getLogger(__name__)
 FETCH_PAUSE = 0.1
-_FROZEN, _WEIGHTS, _MOMENTUM = "frozen/", "weights/", "momentum/"
+_FROZEN, _WEIGHTS, _MOMENTUM, _BEFORE = "frozen/", "weights/", "momentum/", "before/"
 
 
 class Label(msgspec.Struct, frozen=True):
@@ -88,7 +88,7 @@ class Syncer:
                 stage = await self._compute.run(
                     lambda: Stage.found(config, welcome.stage, self._secret or os.urandom(32))
                 )
-                step, momentum = 0, dict[str, State]()
+                step, momentum, before = 0, dict[str, State](), dict[str, Tensor]()
             case "load":
                 path = snapshot_path(self._directory, welcome.step)
                 step = welcome.step
@@ -97,12 +97,14 @@ class Syncer:
                 except SnapshotCorrupt as error:
                     path.rename(path.with_suffix(".damaged"))  # kept for whoever wants to know why
                     raise NothingToResume(f"{error} It was set aside.") from error
+                before = await self._compute.run(lambda: _weights_at(snapshot_path(self._directory, step - 1)))
             case _:
                 step, tensors = await self._fetch(welcome.stage, follower)
                 stage = Stage.restore(config, welcome.stage, _under(tensors, _FROZEN), _under(tensors, _WEIGHTS))
-                momentum = _states(tensors)
+                momentum, before = _states(tensors), _under(tensors, _BEFORE)
         budget = spec.league.graph_budget_mib * 2**20
         self._engine = engine = Engine(config, spec.optim, stage, step, momentum, budget)
+        self._remember(engine, before, follower.state)
         await self._compute.run(lambda: self.save(engine, engine.current()))
         return engine
 
@@ -112,7 +114,14 @@ class Syncer:
             return
         step, tensors = await self._fetch(engine.stage.index, follower, newer_than=engine.step)
         await self._compute.run(lambda: engine.adopt(_under(tensors, _WEIGHTS), _states(tensors), step))
+        self._remember(engine, _under(tensors, _BEFORE), follower.state)
         await self._compute.run(lambda: self.save(engine, engine.current()))
+
+    def _remember(self, engine: Engine, before: dict[str, Tensor], state: RunState) -> None:
+        """Keep the weights of the step before, if the log knows them: a stage that has not taken that step yet may ask
+        for one of its items again, and nobody else may be left who can execute it."""
+        if before and root(before) == state.stages[engine.stage.index].root_at(engine.step - 1):
+            engine.remember(before)
 
     async def _fetch(self, stage: int, follower: RunFollower, newer_than: int = -1) -> tuple[int, dict[str, Tensor]]:
         """(step, tensors) from any member that is ready. Waits while there is hope of one."""
@@ -150,7 +159,7 @@ class Syncer:
         save(path, tensors, {k: str(v) for k, v in msgspec.to_builtins(label).items()})
 
     def prune(self, step: int) -> None:
-        """Keep the newest few snapshots up to `step`."""
+        """Keep the newest few snapshots up to `step`, and all later ones."""
         older = [
             path
             for path in sorted(self._directory.glob("step-*.safetensors"))
@@ -170,11 +179,14 @@ class Syncer:
 
         # Where nobody else is ready, the newcomer is the only second that optimizer state can have.
         is_alone = len(self._state().ready(message.stage)) == 1
+        others_lag = self._state().step < engine.step
 
         def packed() -> tuple[int, bytes]:
             tensors = _over(engine.stage.frozen(), _FROZEN) | _over(engine.weights(), _WEIGHTS)
             if is_alone:
                 tensors |= _momentum(engine.momentum)
+            if others_lag:
+                tensors |= _over(engine.previous, _BEFORE)
             return engine.step, safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
 
         step, body = await self._compute.run(packed)
@@ -209,6 +221,14 @@ def verified(path: Path, expected: str) -> bool:
     except SnapshotCorrupt:
         return False
     return root(_under(tensors, _WEIGHTS)) == expected
+
+
+def _weights_at(path: Path) -> dict[str, Tensor]:
+    """The weights in a snapshot, unchecked; none if it is not there or cannot be read."""
+    try:
+        return _under(load(path)[0], _WEIGHTS) if path.exists() else {}
+    except SnapshotCorrupt:
+        return {}
 
 
 def _restored(spec: RunSpec, stage: int, path: Path) -> tuple[Stage, dict[str, State]]:

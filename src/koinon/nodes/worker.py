@@ -251,7 +251,7 @@ class Worker:
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
         self._reach(Point.COMMITTED, event.step)
         self._bench.step = self._engine.step
-        self._syncer.prune(self._engine.step)
+        self._syncer.prune(self.state.step)  # a resume goes back to a step that every stage has
         self._work.set()
         self._claims.set()
 

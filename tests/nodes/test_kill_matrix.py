@@ -65,7 +65,7 @@ def assert_whole(league: TwinLeague, undisturbed: dict[int, float]) -> None:
 def test_a_worker_that_vanishes_is_absorbed(
     tmp_path: Path, undisturbed: dict[int, float], point: Point, stage: int, replicas: int
 ) -> None:
-    if point is Point.FORWARD and stage == 2 or point is Point.FORWARDED and stage == 2:
+    if (point is Point.FORWARD and stage == 2) or (point is Point.FORWARDED and stage == 2):
         pytest.skip("the last stage does forward and backward in one")
     league = run_league(tmp_path, replicas, {(stage, 0): {(point, FAULT_AT)}})
     assert league.deaths, "the fault never struck"

@@ -86,6 +86,7 @@ class StageState:
     def root_at(self, step: int) -> str | None:
         return next((v.root for v in reversed(self.versions) if v.step == step), None)
 
+
 @dataclass(frozen=True, slots=True)
 class Credit:
     items: int = 0

@@ -200,7 +200,7 @@ class Board:
         here = (seat.stage, seat.seat)
         if self.state.phase is not Phase.TRAINING:
             return board  # the end of the run is not the loss of a worker
-        if isinstance(event, ev.SeatLeft):
+        if isinstance(event, ev.SeatLeft) and not event.drained:
             board = replace(board, lost={**self.lost, here: event.at}, losses_at=(*self.losses_at, self.state.step))
             return board._noted(event)
         if isinstance(event, ev.SeatReady) and here in self.lost:

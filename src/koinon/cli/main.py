@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from typer.core import TyperCommand
 
 from koinon.errors import KoinonError, UserError
 
@@ -66,7 +67,17 @@ def demo(
     asyncio.run(run_demo(directory, _console(), fresh=fresh, picture=picture))
 
 
-@app.command("run")
+class RunCommand(TyperCommand):
+    """Its help lists every key of a spec, which is more than the help of other commands needs to load."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from koinon.cli.recipes import defaults
+
+        with formatter.section("The keys of a spec, with their defaults"):
+            formatter.write("".join(f"  {line}\n" for line in defaults()))
+
+
+@app.command("run", cls=RunCommand)
 def run_(
     source: Annotated[
         Optional[str],  # noqa: UP045 - typer reads these at run time
@@ -170,12 +181,24 @@ def run() -> None:
         _fail(f"{where}{error.strerror or error}.")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        _fail(_reported(error))
 
 
 def _fail(sentence: str) -> None:
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}{sentence}{plain}", file=sys.stderr)
     sys.exit(1)
+
+
+def _reported(error: Exception) -> str:
+    """What nobody foresaw: the account of it goes to a file, for whoever mends it."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="koinon-", suffix=".log", delete=False) as account:
+        account.writelines(traceback.format_exception(error))
+    return f"This is a fault in koinon ({type(error).__name__}: {error}). Please report it with {account.name}."
 
 
 def _leave_pipe() -> None:

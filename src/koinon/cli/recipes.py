@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib import resources
 
 from rich.console import Console
@@ -16,6 +17,18 @@ def show_recipes(console: Console) -> None:
         console.print(Text.assemble((name, "bold"), "  ", purpose(name)))
         console.print(Text(f"    {shape(RunSpec.recipe(name))}", "grey62"))
     console.print("\nStart one with: koinon run NAME. Change what you like: --set train.steps=100")
+
+
+def defaults() -> list[str]:
+    """Every key of a spec as a line of TOML; a comment where a key has no default."""
+    spec = RunSpec.of()
+    lines = spec.to_toml().splitlines()
+    for table, values in asdict(spec).items():
+        if isinstance(values, dict) and f"[{table}]" in lines:
+            missing = [f"# {key}" for key, value in values.items() if value is None]
+            place = lines.index(f"[{table}]") + 1
+            lines[place:place] = missing
+    return [line for line in lines if line]
 
 
 def purpose(name: str) -> str:

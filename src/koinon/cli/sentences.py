@@ -29,10 +29,12 @@ def tone(event: ev.Event) -> Tone:
     match event:
         case ev.Evaluated() | ev.RunCompleted() | ev.Returned() | ev.SeatReady() | ev.RunResumed():
             return Tone.GOOD
-        case ev.SeatLeft() | ev.Unreachable() | ev.Excluded() | ev.RunFailed() | ev.Disputed() | ev.ItemDropped():
-            return Tone.BAD
         case ev.ItemsReleased() | ev.ReduceAborted() | ev.MomentumLost() | ev.RunStopped() | ev.Seated():
             return Tone.NOTED
+        case ev.SeatLeft(drained=drained):
+            return Tone.NOTED if drained else Tone.BAD
+        case ev.Unreachable() | ev.Excluded() | ev.RunFailed() | ev.Disputed() | ev.ItemDropped():
+            return Tone.BAD
         case _:
             return Tone.ROUTINE
 
@@ -67,8 +69,9 @@ def sentence(event: ev.Event, state: RunState) -> str:
         ):
             return f"{place(event.member, state)} {_of_member(event)}."
         case ev.ItemsReleased(step=step, member=member, items=items):
-            where = place(member, state, within=True)
-            return f"{_count(len(unpack(items)), 'work item')} of step {step} go from {where} to others."
+            number, where = len(unpack(items)), place(member, state, within=True)
+            goes = "goes" if number == 1 else "go"
+            return f"{_count(number, 'work item')} of step {step} {goes} from {where} to others."
         case ev.ItemDropped(step=step, microbatch=microbatch, stages=stages, reason=reason):
             return f"Microbatch {microbatch} of step {step} was dropped by {_stages(stages)}: {reason}."
         case ev.ReduceOpened() | ev.ReduceAborted() | ev.Disputed() | ev.MomentumLost() | ev.StageStepped():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from koinon.errors import Contradiction, NotARun, UserError
 from koinon.nodes.rundir import RunDir
-from koinon.run.spec import RunSpec
+from koinon.run.spec import RunSpec, recipes
 
 RUNS = Path("runs")
 """Where runs lie that nobody has named a directory for."""
@@ -31,8 +31,7 @@ def new_run(source: str, directory: Path | None, overrides: Sequence[str], worke
     if path.is_dir():
         what = "holds a run: add --resume to go on with it" if RunDir(path).log.exists() else "is a directory"
         raise UserError(f"{source} {what}. To start a new run, name a spec file or a recipe.")
-    is_file = path.exists() or path.suffix == ".toml" or len(path.parts) > 1
-    read = RunSpec.load if is_file else RunSpec.recipe
+    read = RunSpec.load if _is_file(path) or len(path.parts) > 1 else RunSpec.recipe
     spec = read(source, overrides=overrides)
     if workers is not None:
         replicas = replicas_of(spec, workers)
@@ -40,11 +39,16 @@ def new_run(source: str, directory: Path | None, overrides: Sequence[str], worke
     return Order(spec, directory or RUNS / spec.name, False, None)
 
 
+def _is_file(path: Path) -> bool:
+    """Or was meant as one."""
+    return path.is_file() or path.suffix == ".toml"
+
+
 def resumed_run(source: str | None, directory: Path | None, overrides: Sequence[str], workers: int | None) -> Order:
     """A run to go on with: `source` is its directory, or the spec that it was started from. Raises UserError."""
     if overrides:
         raise Contradiction("The spec of a run cannot change: --set works with new runs, not with --resume.")
-    if source is None or Path(source).is_dir():
+    if source is None or not (_is_file(Path(source)) or source in recipes()):
         return _going_on(_one_of(source, directory), workers)
     given = new_run(source, directory, (), None)
     order = _going_on(given.directory, workers)

@@ -38,7 +38,7 @@ PHASES: dict[Phase, str] = {
 }
 PHASE_WORDS = {Phase.PROPOSED: "starting"}
 """For people who start a run on their own machine: nobody has to fund it."""
-CELL = 22
+CELL = 23
 """Columns of a cell of the grid."""
 MIDDLE = 40
 """Least columns of either, side by side."""
@@ -65,7 +65,7 @@ def render(board: Board, now: float, width: int, height: int, preparing: Prepara
     """The whole view, `width` columns wide and at most `height` rows high. From 60 x 16 on everything has its place."""
     air = [Text()] if height >= AIRY else []
     top = [header(board, now), progress(board, now, preparing), *air]
-    facts = [*air, speed(board, now), absorbed(board.state)]
+    facts = [*air, speed(board, now), wire(board), absorbed(board.state)]
     cells = board.grid(now)
     room = height - len(top) - len(facts)
     notes_rows = max(3, min(10, room // 3 if width >= WIDE else room // 4))
@@ -111,16 +111,16 @@ def _progress(board: Board, now: float, preparing: Preparation | None) -> tuple[
 
 
 def speed(board: Board, now: float) -> Text:
-    """Tokens per second, and what crosses the wire."""
-    per_second, on_wire, ratio = board.tokens_per_second(now), board.bytes_per_token, board.compression
-    line = one_line(" speed     ", (f"{per_second:,.0f} tokens/s", "bold"))
-    if on_wire is not None and ratio is not None:
-        line.append("     wire  ")
-        line.append(f"{on_wire:.1f} bytes", "bold")
-        line.append(" per token, boundary and direction: ")
-        line.append(f"{ratio:.0f} x less", "bold")
-        line.append(" than fp32")
-    return line
+    return one_line(" speed     ", (f"{board.tokens_per_second(now):,.0f} tokens/s", "bold"))
+
+
+def wire(board: Board) -> Text:
+    """What crosses boundaries, as measured."""
+    on_wire, ratio = board.bytes_per_token, board.compression
+    if on_wire is None or ratio is None:
+        return one_line(" wire      ", ("nothing so far", QUIET))
+    size, less = (f"{on_wire:.1f} bytes", "bold"), (f"{ratio:.0f} x less", "bold")
+    return one_line(" wire      ", size, " per token, boundary and direction: ", less, " than fp32")
 
 
 def absorbed(state: RunState) -> Text:
@@ -198,6 +198,8 @@ def _middle(board: Board, cells: Sequence[Sequence[Cell]], now: float, width: in
     if width >= WIDE:
         right = needed if width - needed >= MIDDLE else MIDDLE
         row = Table.grid()
+        row.add_column(width=width - right)
+        row.add_column(width=right)
         row.add_row(curve(board, width - right, rows), _league(cells, now, right, rows, narrow=right < needed))
         return row
     league = _league(cells, now, width, len(cells) + 2, narrow=width < needed)
@@ -234,5 +236,5 @@ def _legend(board: Board) -> Text:
     legend = Text.assemble("loss  ", (f"training{last(board.state.loss)}", TRAINING))
     legend.append_text(Text.assemble("  ", (f"◆ held-out{last(board.state.heldout)}", HELDOUT)))
     if board.losses_at:
-        legend.append_text(Text.assemble("  ", ("✕ worker lost", LOST)))
+        legend.append_text(Text.assemble("  ", ("✕ lost", LOST)))
     return legend

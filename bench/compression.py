@@ -30,7 +30,7 @@ from bench.compression_sweep.corpora import CORPORA, open_corpus
 from bench.compression_sweep.page import picture, text
 from bench.compression_sweep.plan import Job, bytes_of
 from bench.compression_sweep.rows import Row, Rows, gaps
-from bench.compression_sweep.training import BATCH, Training
+from bench.compression_sweep.training import Training
 from bench.compression_sweep.wires import WIRES
 from bench.harness import Figure, environment, progress, result
 from koinon.model.layout import trained_count
@@ -43,13 +43,13 @@ PICTURE = HERE.parent / "docs" / "images" / "compression.svg"
 def measured(job: Job) -> Iterator[Row]:
     """The rows of one training, as its horizons are reached."""
     variant, config = job.variant, job.variant.model
-    tokens = BATCH * config.context
+    tokens = plan.BATCH * config.context
     wire = WIRES[variant.wire] if variant.wire else None
-    training = Training(config, variant.muon_lr, variant.adamw_lr, open_corpus(job.corpus), job.seed, wire)
+    training = Training(config, variant.muon_lr, variant.adamw_lr, open_corpus(job.corpus), job.seed, wire, plan.BATCH)
     for end in training.ends(job.horizons):
         yield Row(
             variant=variant.name,
-            digest=variant.digest(BATCH),
+            digest=variant.digest(plan.BATCH),
             corpus=job.corpus,
             seed=job.seed,
             steps=end.steps,
@@ -72,7 +72,7 @@ def sweep(rows: Rows, *, resume: bool, minutes: float) -> None:
     for job in plan.jobs():
         wanted = list(job.horizons)
         if resume:
-            wanted = rows.missing(job.variant.digest(BATCH), job.corpus, job.seed, wanted)
+            wanted = rows.missing(job.variant.digest(plan.BATCH), job.corpus, job.seed, wanted)
         if not wanted:
             continue
         if time.monotonic() > until:
@@ -85,11 +85,11 @@ def sweep(rows: Rows, *, resume: bool, minutes: float) -> None:
 
 
 def figures(rows: Rows) -> Iterator[Figure]:
-    tokens = BATCH * plan.CANDIDATE.model.context
+    tokens = plan.BATCH * plan.CANDIDATE.model.context
     spent = bytes_of(plan.CANDIDATE, tokens)
     yield Figure("bytes_per_token", spent)
     yield Figure("ratio", bytes_of(plan.TWIN, tokens) / spent, at_least=64)
-    found = gaps(rows, plan.CANDIDATE.digest(BATCH), plan.TWIN.digest(BATCH))
+    found = gaps(rows, plan.CANDIDATE.digest(plan.BATCH), plan.TWIN.digest(plan.BATCH))
     for gap in found:
         place = f"{gap.corpus}_{gap.steps * tokens / 1e6:.2f}M"
         yield Figure(f"gap_{place}", round(gap.mean, 5), at_most=0.01)

@@ -8,7 +8,6 @@ from bench.compression_sweep import plan
 from bench.compression_sweep.corpora import CORPORA
 from bench.compression_sweep.picture import Curve, Panel, drawn
 from bench.compression_sweep.rows import Gap, Row, Rows, Variant, gaps
-from bench.compression_sweep.training import BATCH
 
 PICTURE = "images/compression.svg"
 
@@ -43,7 +42,7 @@ def _gaps(rows: Rows) -> Panel:
 
 
 def _main(rows: Rows) -> list[Gap]:
-    return gaps(rows, plan.CANDIDATE.digest(BATCH), plan.TWIN.digest(BATCH))
+    return gaps(rows, plan.CANDIDATE.digest(plan.BATCH), plan.TWIN.digest(plan.BATCH))
 
 
 def _final(rows: Rows) -> Iterator[str]:
@@ -59,14 +58,14 @@ def _final(rows: Rows) -> Iterator[str]:
 def _others(rows: Rows) -> Iterator[str]:
     yield "The uncompressed model over other wires, and single changes, each against the twin with its tables (seed 0):"
     lines = ["| | bytes | tokens | loss | gap |", "|---|---|---|---|---|"]
-    pairs = [(variant, plan.TWIN) for variant in (*plan.OTHER_RATES, *plan.compared())] + plan.tried()
+    pairs = [(variant, plan.TWIN) for variant in (*plan.other_rates(), *plan.compared())] + plan.tried()
     for variant, reference in pairs:
         lines += _row(rows, variant, reference)
     yield "\n".join(lines)
 
 
 def _row(rows: Rows, variant: Variant, reference: Variant) -> Iterator[str]:
-    ours, theirs = rows.of(variant.digest(BATCH)), rows.of(reference.digest(BATCH))
+    ours, theirs = rows.of(variant.digest(plan.BATCH)), rows.of(reference.digest(plan.BATCH))
     for place in sorted(ours.keys() & theirs.keys()):
         row, gap = ours[place], ours[place].loss / theirs[place].loss - 1
         yield f"| {variant.name} | {row.bytes:g} | {row.tokens / 1e6:.2f}M | {row.loss:.4f} | {100 * gap:+.2f}% |"
@@ -79,4 +78,4 @@ def _provenance(rows: Sequence[Row]) -> str:
 
 
 def _millions(steps: int) -> float:
-    return steps * BATCH * plan.CANDIDATE.model.context / 1e6
+    return steps * plan.BATCH * plan.CANDIDATE.model.context / 1e6

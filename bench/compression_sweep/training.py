@@ -26,8 +26,6 @@ from koinon.model.monolith import Microbatch, Monolith
 from koinon.optim.config import OptimConfig
 from koinon.optim.whole import WholeOptimizer
 
-BATCH = 8
-"""Sequences per step, all in one microbatch."""
 WARMUP, DECAY = 20, 0.2
 EVALUATED = 256
 """Held-out sequences, the same ones for every run."""
@@ -52,6 +50,8 @@ class Training:
     dataset: Dataset
     seed: int
     wire: Wire | None = None
+    batch: int = 8
+    """Sequences per step, all in one microbatch."""
 
     def ends(self, horizons: Sequence[int]) -> Iterator[End]:
         """Train until each horizon, in steps."""
@@ -75,7 +75,7 @@ class Training:
 
     def _advance(self, model: Monolith, optimizer: WholeOptimizer, until: int) -> None:
         while optimizer.done < until:
-            drawn = self.dataset.batch(self._secret("text"), optimizer.done, BATCH, BATCH, self.model.context)
+            drawn = self.dataset.batch(self._secret("text"), optimizer.done, self.batch, self.batch, self.model.context)
             loss = model.train_step(map(_tensors, drawn), optimizer)
             if optimizer.done % 100 == 0:
                 progress(f"  step {optimizer.done}: {loss:.3f}")

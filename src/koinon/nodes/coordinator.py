@@ -87,7 +87,7 @@ class Coordinator:
         self._publisher = Publisher(log, transport)
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
-        self._since: dict[Member, float] = {}
+        self._bereft: dict[int, float] = {}  # stage -> since when nobody holds its weights
         self._silences = History()
         self._reduces = [History() for _ in range(spec.model.stages)]
         self._attempts: dict[int, OpenAttempt] = {}
@@ -112,6 +112,7 @@ class Coordinator:
             while self.state.phase not in (Phase.STOPPED, Phase.FAILED):
                 await asyncio.sleep(HEARTBEAT.value / 4)
                 self._watch_members()
+                self._watch_stages()
                 self._watch_reduces()
             await self._publisher.drain(FAREWELL)
         finally:
@@ -286,6 +287,22 @@ class Coordinator:
                     self.write(ev.SeatLeft(member, f"unreachable for {Seconds(silent)}"))
             elif silent > allowed:
                 self.write(ev.Unreachable(member, f"silent for {Seconds(silent)}"))
+
+    def _watch_stages(self) -> None:
+        """A stage whose weights nobody holds any more does not come back by waiting: the run goes back on resuming."""
+        now = self._clock()
+        for stage in self.state.stages:
+            held = self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.UNREACHABLE)
+            if held or not stage.versions or self.state.phase is not Phase.TRAINING:
+                self._bereft.pop(stage.index, None)
+            elif now - self._bereft.setdefault(stage.index, now) > self.spec.league.grace_s:
+                self.write(
+                    ev.RunFailed(
+                        f"Nobody has held stage {stage.index} at step {stage.step} for "
+                        f"{Seconds(self.spec.league.grace_s)}, and no worker that came had it on its disk. Resume: the "
+                        "run goes back to the newest step that every stage has."
+                    )
+                )
 
     # --- reduces
 

@@ -118,8 +118,15 @@ def whole(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    """HEAD, and whether anything that decides a result differs from it."""
+    decides = ["bench/compression_sweep", *(f"src/koinon/{part}" for part in ("model", "optim", "data", "cost.py"))]
+    changed = _git("status", "--porcelain", "--", *decides)
+    return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:

@@ -62,8 +62,12 @@ def narrow(name: str, *, rates: Rates = TUNED, **model: Any) -> Variant:
 
 
 def dense(name: str, *, wire: str = "", rates: Rates = TUNED, **model: Any) -> Variant:
-    return Variant(name=name, model=_config(**model).dense(), wire=wire, muon_lr=rates.muon, adamw_lr=rates.adamw)
+    """The twin of a model with these settings; those of its boundaries are dropped, so that models share their twin."""
+    kept = {setting: value for setting, value in model.items() if setting not in _BOUNDARY}
+    return Variant(name=name, model=_config(**kept).dense(), wire=wire, muon_lr=rates.muon, adamw_lr=rates.adamw)
 
+
+_BOUNDARY = {"rank", "codec", "trained_lifts", "reading", "fresh"}
 
 CANDIDATE: Final = narrow("candidate")
 TWIN: Final = dense("twin")

@@ -103,6 +103,9 @@ class TestPlan:
                 for field in ("layers", "stages", "table", "grams", "taps", "table_stages")
             )
 
+    def test_what_shapes_boundaries_alone_shares_the_twin(self) -> None:
+        assert plan.dense("another", rank=2, codec="int4", reading="deep").digest(8) == plan.TWIN.digest(8)
+
     def test_no_training_is_planned_twice(self) -> None:
         planned = [(job.variant.digest(8), job.corpus, job.seed) for job in plan.jobs()]
         assert len(planned) == len(set(planned))

@@ -125,8 +125,6 @@ def reopen(directory: RunDir) -> OpenRun:
 
 def resume_point(state: RunState, snapshots: Snapshots) -> int:
     """The newest step at which every stage can be restored. Raises NothingToResume, saying which stage cannot."""
-    if all(not stage.versions for stage in state.stages):
-        return 0  # killed before any stage was founded: they are founded anew
     for step in range(state.step, -1, -1):
         if all(_has(state, snapshots, s.index, step) for s in state.stages):
             return step
@@ -138,6 +136,8 @@ def resume_point(state: RunState, snapshots: Snapshots) -> int:
 
 
 def _has(state: RunState, snapshots: Snapshots, stage: int, step: int) -> bool:
+    if not state.stages[stage].versions:
+        return step == 0  # killed before the stage was founded: it is founded anew
     root = state.stages[stage].root_at(step)
     return root is not None and snapshots.get(stage, {}).get(step) == root
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import secrets
 from collections.abc import Coroutine
 from pathlib import Path
@@ -21,6 +20,7 @@ from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
 from koinon.nodes import messages as m
 from koinon.nodes.compute import Compute
+from koinon.nodes.counters import Counters
 from koinon.nodes.engine import Engine
 from koinon.nodes.faults import Point, Reach, nothing
 from koinon.nodes.flight import packed_ids, unpacked_ids
@@ -75,7 +75,7 @@ class Worker:
         self._ended = asyncio.Event()
         self._goodbye = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._telemetry = _Counters()
+        self._telemetry = Counters()
         self._state = "joining"
         self._register(board)
 
@@ -408,7 +408,7 @@ class Worker:
                 self._claims.set()
         else:
             item.is_done = True
-            self._telemetry.count(item, job.kind)
+            self._telemetry.count(item)
             if self._bench.folds(item) or item.lease.kind is not Kind.TRAIN:
                 lease = item.lease
                 self._finished.append(m.Finished(lease.kind, lease.step, lease.microbatch, lease.revision, item.value))
@@ -528,37 +528,3 @@ class Worker:
         if not task.cancelled() and (error := task.exception()):
             log.error("a task of this worker broke", exc_info=error)
             self._ended.set()
-
-
-class _Counters:
-    """What a worker tells about itself."""
-
-    def __init__(self) -> None:
-        self.items = self.tokens = self.boundary_bytes = self.boundary_tokens = self.flops_per_item = 0
-
-    def count(self, item: Item, kind: JobKind) -> None:
-        if item.lease.kind is Kind.TRAIN:
-            self.items += 1
-            self.tokens += item.ids.shape[0] * (item.ids.shape[1] - 1)
-
-    def sent(self, header: m.Message, body: bytes, item: Item) -> None:
-        import msgspec
-
-        if item.lease.kind is Kind.TRAIN:
-            self.boundary_bytes += 4 + len(msgspec.msgpack.encode(header)) + len(body)
-            self.boundary_tokens += item.ids.shape[0] * (item.ids.shape[1] - 1)
-
-    def as_message(self, state: str, busy: float, queued: int, recomputed: int) -> m.Telemetry:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        return m.Telemetry(
-            state=state,
-            tokens=self.tokens,
-            busy=busy,
-            seconds_per_item=busy / self.items if self.items else 0.0,
-            queued=queued,
-            boundary_bytes=self.boundary_bytes,
-            boundary_tokens=self.boundary_tokens,
-            flops=self.items * self.flops_per_item,
-            recomputed_flops=recomputed * self.flops_per_item // 3,
-            memory_mib=memory,
-        )

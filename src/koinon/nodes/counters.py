@@ -1,0 +1,52 @@
+"""What a worker counts about itself, for people and for routing; credit comes from the log alone."""
+
+from __future__ import annotations
+
+import resource
+
+import msgspec
+
+from koinon.nodes import messages as m
+from koinon.nodes.messages import Kind
+from koinon.nodes.workbench import Item
+
+_LENGTH_PREFIX = 4
+
+
+class Counters:
+    """Of one worker, since it started."""
+
+    def __init__(self) -> None:
+        self.items = self.tokens = self.boundary_bytes = self.boundary_tokens = self.flops_per_item = 0
+
+    def count(self, item: Item) -> None:
+        """An item was folded, or answered."""
+        if item.lease.kind is Kind.TRAIN:
+            self.items += 1
+            self.tokens += _tokens(item)
+
+    def sent(self, header: m.Message, body: bytes, item: Item) -> None:
+        """A neighbour took this frame."""
+        if item.lease.kind is Kind.TRAIN:
+            self.boundary_bytes += _LENGTH_PREFIX + len(msgspec.msgpack.encode(header)) + len(body)
+            self.boundary_tokens += _tokens(item)
+
+    def as_message(self, state: str, busy: float, queued: int, recomputed: int) -> m.Telemetry:
+        """busy: seconds of compute; queued: jobs that could run; recomputed: forwards that were run again."""
+        return m.Telemetry(
+            state=state,
+            tokens=self.tokens,
+            busy=busy,
+            seconds_per_item=busy / self.items if self.items else 0.0,
+            queued=queued,
+            boundary_bytes=self.boundary_bytes,
+            boundary_tokens=self.boundary_tokens,
+            flops=self.items * self.flops_per_item,
+            recomputed_flops=recomputed * self.flops_per_item // 3,
+            memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        )
+
+
+def _tokens(item: Item) -> int:
+    sequences, length = item.ids.shape
+    return int(sequences * (length - 1))

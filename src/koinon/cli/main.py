@@ -8,6 +8,7 @@ Ctrl-C is 130. Knows nothing of how commands do their work.
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -158,14 +159,16 @@ def recipes() -> None:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from koinon.cli.lines import Lines
 
-    # Lines of a file or a pipe are whole: whoever reads them decides where they break.
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    return Lines()
 
 
 def run() -> None:
     """Entry point. The edge of the process: what went wrong becomes one sentence and a status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal of few characters shows question marks, not an error
+            stream.reconfigure(errors="replace")
     try:
         app()
     except KoinonError as error:
@@ -175,7 +178,9 @@ def run() -> None:
             sys.exit(error.code)
         _fail(str(error))
     except BrokenPipeError:
-        _leave_pipe()
+        from koinon.cli.lines import leave_pipe
+
+        leave_pipe()
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}.")
@@ -199,11 +204,3 @@ def _reported(error: Exception) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="koinon-", suffix=".log", delete=False) as account:
         account.writelines(traceback.format_exception(error))
     return f"This is a fault in koinon ({type(error).__name__}: {error}). Please report it with {account.name}."
-
-
-def _leave_pipe() -> None:
-    """Whoever read our output has gone (`koinon log DIR | head`): nothing is wrong, and nothing more can be said."""
-    import os
-
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from koinon.cli.lines import Lines
 from koinon.cli.sources import spec_in
 from koinon.cli.stopping import Stopping
 from koinon.errors import UserError
@@ -34,7 +35,7 @@ async def sample_run(directory: Path, prompt: str, how: Sampling, console: Conso
     if not prompt:
         raise UserError('The prompt is empty: give the text to continue, for example "def ".')
     spec = spec_in(directory)
-    aside = Console(stderr=True, highlight=False, markup=False)
+    aside = Lines(stderr=True)
     if aside.is_terminal:
         aside.print(f"Starting {spec.model.stages} workers, one for each stage.", style="grey62")
     with Stopping(lambda: aside.print("\nStopping.", style="grey62"), lambda: None) as stop:

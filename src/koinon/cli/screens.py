@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -116,7 +117,7 @@ class PlainScreen:
     def prepare(self, what: str, done: int, total: int) -> None:
         if what != self._preparing:
             self._preparing = what
-            self._console.print(f"Preparing the data: {what}.")
+            self._say(f"Preparing the data: {what}.")
 
     def hear(self, event: ev.Event, state: RunState) -> None:
         self.board = self.board.heard(event, state)
@@ -148,7 +149,11 @@ class PlainScreen:
         self._told = self.board.noted
 
     def _print(self, at: float, text: str) -> None:
-        self._console.print(f"{clock(at - self.board.began):>7}  {text}")
+        self._say(f"{clock(at - self.board.began):>7}  {text}")
+
+    def _say(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # a run does not end because nobody listens any more
+            self._console.print(line)
 
 
 def step_line(board: Board, event: ev.StepMeasured) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bench.compression_sweep import plan
 from bench.compression_sweep.corpora import docstrings
+from bench.compression_sweep.page import picture, text
 from bench.compression_sweep.picture import Curve, Panel, drawn, ticks
 from bench.compression_sweep.rows import Row, Rows, gaps
 from bench.compression_sweep.training import End, Training
@@ -109,6 +110,19 @@ class TestPlan:
     def test_no_training_is_planned_twice(self) -> None:
         planned = [(job.variant.digest(8), job.corpus, job.seed) for job in plan.jobs()]
         assert len(planned) == len(set(planned))
+
+
+class TestPage:
+    def test_it_says_what_is_missing_and_shows_what_is_there(self, tmp_path: Path) -> None:
+        rows = Rows(tmp_path / "rows.jsonl")
+        for steps in plan.HORIZONS[:2]:
+            rows.add(row(2.02, plan.CANDIDATE.digest(plan.BATCH), steps=steps))
+            rows.add(row(2.00, plan.TWIN.digest(plan.BATCH), steps=steps))
+        page = text(rows)
+        assert "| code | 0.13M | 2.0200 | 2.0000 | +1.00% | +1.00% |" in page
+        assert "(16 of 18 cells" in page
+        assert "code 1.31M seed 0" in page
+        assert ET.fromstring(picture(rows)) is not None
 
 
 class TestWires:

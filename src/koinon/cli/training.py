@@ -88,7 +88,7 @@ async def _tick(league: League, screen: Screen) -> None:
 
 def stopping(screen: Screen) -> Stopping:
     """Signals while a screen shows a run."""
-    asked = "Stopping: the step that is under way is given up, everything before it is kept. Again: at once."
+    asked = "Stopping: what is committed is kept. Once more ends at once."
     return Stopping(partial(screen.tell, asked), screen.leave)
 
 

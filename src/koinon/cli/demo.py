@@ -74,11 +74,13 @@ class Script:
         self.league.kill(stage, seat)
 
 
-async def run_demo(directory: Path, console: Console, *, fresh: bool, picture: Path | None) -> None:
-    """The whole demonstration. Raises Stopped after draining, and KoinonError as League does."""
+async def run_demo(
+    spec: RunSpec, directory: Path, console: Console, *, fresh: bool = False, picture: Path | None = None
+) -> None:
+    """The whole demonstration, with at least two stages. Raises Stopped after draining; KoinonError as League does."""
     if fresh:
         remove_run(directory)
-    order = Order(RunSpec.recipe("demo"), free_directory(directory), False, None)
+    order = Order(spec, free_directory(directory), False, None)
     screen = screen_for(order.spec, console)
     with stopping(screen) as stop:
         try:

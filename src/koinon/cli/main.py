@@ -64,8 +64,9 @@ def demo(
     import asyncio
 
     from koinon.cli.demo import run_demo
+    from koinon.run.spec import RunSpec
 
-    asyncio.run(run_demo(directory, _console(), fresh=fresh, picture=picture))
+    asyncio.run(run_demo(RunSpec.recipe("demo"), directory, _console(), fresh=fresh, picture=picture))
 
 
 class RunCommand(TyperCommand):

@@ -74,6 +74,7 @@ class Worker:
         self._finished: list[m.Finished] = []
         self._ended = asyncio.Event()
         self._goodbye = False
+        self._syncing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = Counters()
         self._state = "joining"
@@ -169,7 +170,14 @@ class Worker:
         return welcome
 
     async def _get_ready(self) -> None:
-        """Fetch until the coordinator agrees that this member has what the stage has."""
+        """Fetch until the coordinator agrees that this member has what the stage has.
+
+        One at a time: a fetch that ends when the member is at work again would throw away what it has folded.
+        """
+        async with self._syncing:
+            await self._fetch_until_ready()
+
+    async def _fetch_until_ready(self) -> None:
         assert self._engine and self._bench
         while True:
             self._state = "syncing"

@@ -60,7 +60,7 @@ class TwinLeague:
     seed: int = 0
     resume: bool = False
     plan: dict[tuple[int, int], set[tuple[Point, int]]] = field(default_factory=dict)
-    """(stage, seat) -> points and steps at which its first process vanishes."""
+    """(stage, seat) -> points and the steps from which on its first process vanishes there."""
     restarts: bool = True
     make_compute: type[InlineCompute] = InlineCompute
     events: list[ev.Event] = field(default_factory=list)
@@ -130,7 +130,7 @@ class TwinLeague:
 
     def _reach(self, stage: int, seat: int, planned: set[tuple[Point, int]]) -> Reach:
         def reach(point: Point, step: int) -> None:
-            if (point, step) not in planned:
+            if not any(point is at and step >= since for at, since in planned):
                 return
             planned.clear()
             self.workers[stage, seat].transport.kill()  # from here on nothing it says is heard

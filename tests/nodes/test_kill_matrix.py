@@ -18,9 +18,9 @@ from koinon.run.spec import RunSpec
 from koinon.run.state import Phase
 from tests.twin import TwinLeague
 
-STEPS, MICROBATCHES = 5, 4
+STEPS, MICROBATCHES = 10, 4
 FAULT_AT = 3
-"""By then every seat is ready."""
+"""Or at the first later step at which that worker has something to do at that point."""
 
 
 def spec_of(replicas: int) -> RunSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -59,11 +60,16 @@ class NodeKey:
 def verify(peer: PeerId, domain: str, message: bytes, signature: bytes) -> bool:
     """Whether `peer` signed this message in this domain. False, never an error, for ids and signatures of any shape."""
     try:
-        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(peer))
-        public.verify(signature, _framed(domain, message))
+        _public(peer).verify(signature, _framed(domain, message))
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True
+
+
+@lru_cache(maxsize=4096)
+def _public(peer: PeerId) -> Ed25519PublicKey:
+    """Reading a key costs as much as a tenth of a verification, and the same few peers sign everything."""
+    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(peer))
 
 
 def is_peer_id(text: str) -> bool:

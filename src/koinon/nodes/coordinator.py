@@ -135,9 +135,22 @@ class Coordinator:
         for event in stamped:
             self.state = apply(self.state, event)
             self._note(event)
-        self._publisher.publish(records)
+        self._publisher.publish(records, lambda peer: any(self._concerns(event, peer) for event in events))
         if self.state.phase not in (Phase.TRAINING, Phase.PROPOSED):
             self.finished.set()
+
+    def _concerns(self, event: ev.Event, peer: PeerId) -> bool:
+        """Whether a follower has to act on the event at once."""
+        if peer == self.state.trainer:
+            return True
+        match event:
+            case ev.ReduceOpened() | ev.ReduceAborted() | ev.StageStepped() | ev.Disputed():
+                seat = self.state.member_of(peer)
+                return seat is not None and seat.stage == event.stage
+            case ev.Contributed() | ev.StepMeasured() | ev.Evaluated() | ev.MomentumLost() | ev.ItemsReleased():
+                return False
+            case _:
+                return True
 
     def vanished(self, worker: PeerId, reason: str) -> None:
         """Whoever started the process says that it has ended: no need to wait for silence."""

@@ -1,6 +1,7 @@
 """Where a worker can be made to fail on purpose, so that a crash in a test is the same crash every time.
 
-A plan names a point and a step; in production it is empty. Knows nothing of what happens at a point.
+A plan names a point and the step from which on it strikes; in production it is empty. Knows nothing of what happens at
+a point.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def nothing(_point: Point, _step: int) -> None:
 
 def killed_at(plan: Sequence[tuple[str, int]]) -> Reach:
     """kill -9 this process at the first point of the plan that it reaches."""
-    planned = {(Point(point), step) for point, step in plan}
+    planned = {Point(point): since for point, since in plan}
 
     def reach(point: Point, step: int) -> None:
-        if (point, step) in planned:
+        if point in planned and step >= planned[point]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return reach if planned else nothing

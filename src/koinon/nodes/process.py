@@ -105,7 +105,8 @@ async def _leave_on_signal(worker: Any) -> None:
     host = os.getppid()
     while not told.is_set() and os.getppid() == host:
         try:
-            await asyncio.wait_for(told.wait(), 1.0)
+            async with asyncio.timeout(1.0):
+                await told.wait()
         except TimeoutError:
             continue
     worker.end()

@@ -1,6 +1,7 @@
 """Pushes the run log to everyone who follows it: one cursor and one task per follower.
 
 A slow follower gets longer batches, not a longer queue: what it lacks is read from the log when it is ready for more.
+What a follower need not act on waits a moment for company, because a push costs by the piece and not by the byte.
 Knows nothing of what records mean.
 """
 
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from koinon.errors import PeerError
@@ -22,6 +23,7 @@ from koinon.units import PeerId, Seconds
 
 BATCH_BYTES = 32 * 1024
 """Records in one push: well under the largest header a frame may have."""
+LINGER = Seconds(0.1)
 REMEMBERED = 4096
 """Records kept in memory for followers that keep up."""
 
@@ -29,18 +31,20 @@ REMEMBERED = 4096
 class Publisher:
     def __init__(self, log: RunLog[Any], transport: Transport) -> None:
         self._log, self._transport = log, transport
-        self._news = asyncio.Event()
         self._recent: deque[tuple[int, bytes]] = deque(maxlen=REMEMBERED)
         self._cursors: dict[PeerId, int] = {}
         self._followers: dict[PeerId, asyncio.Task[None]] = {}
+        self._due: dict[PeerId, asyncio.Event] = {}
 
     def add(self, peer: PeerId, first: int) -> None:
         """Send the log to `peer` from record `first` on; replaces an earlier wish."""
         self.remove(peer)
+        self._due[peer] = asyncio.Event()
         self._followers[peer] = asyncio.create_task(self._feed(peer, first), name=f"publish to {peer[:8]}")
 
     def remove(self, peer: PeerId) -> None:
         self._cursors.pop(peer, None)
+        self._due.pop(peer, None)
         if task := self._followers.pop(peer, None):
             task.cancel()
 
@@ -51,21 +55,24 @@ class Publisher:
                 while any(cursor <= self._log.head.seq for cursor in self._cursors.values()):
                     await asyncio.sleep(0.02)
 
-    def publish(self, records: Sequence[Record]) -> None:
-        """These were just appended."""
+    def publish(self, records: Sequence[Record], is_urgent: Callable[[PeerId], bool]) -> None:
+        """These were just appended. Whom they do not concern gets them within `LINGER`, with what comes meanwhile."""
         self._recent.extend((record.seq, record.encode()) for record in records)
-        self._news.set()
-        self._news = asyncio.Event()
+        for peer, due in self._due.items():
+            if is_urgent(peer):
+                due.set()
+            elif not due.is_set():
+                asyncio.get_running_loop().call_later(LINGER.value, due.set)
 
     def close(self) -> None:
         for peer in list(self._followers):
             self.remove(peer)
 
     async def _feed(self, peer: PeerId, cursor: int) -> None:
-        pause = 0.1
+        pause, due = 0.1, self._due[peer]
         self._cursors[peer] = cursor
         while True:
-            news = self._news
+            due.clear()
             while batch := list(self._batch(cursor)):
                 try:
                     reply = await self._transport.request(peer, m.CTL, m.Records(cursor, tuple(batch)))
@@ -76,7 +83,7 @@ class Publisher:
                 assert isinstance(reply.header, m.Ack)
                 cursor, pause = max(1, reply.header.next), 0.1
                 self._cursors[peer] = cursor
-            await news.wait()
+            await due.wait()
 
     def _batch(self, cursor: int) -> Iterator[bytes]:
         size = 0

@@ -298,7 +298,8 @@ class Reducer:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            content = await asyncio.wait_for(asyncio.shield(slot), deadline(self._waits, floor=PATIENCE_FLOOR).value)
+            async with asyncio.timeout(deadline(self._waits, floor=PATIENCE_FLOOR).value):
+                content = await asyncio.shield(slot)
         except TimeoutError:
             await self._complain(reduce, member, f"sent no {kind.__name__}")
             content = await slot

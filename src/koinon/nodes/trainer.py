@@ -89,7 +89,8 @@ class Trainer:
                 self._wake.clear()
                 self._advance()
                 try:
-                    await asyncio.wait_for(self._wake.wait(), 0.5)
+                    async with asyncio.timeout(0.5):
+                        await self._wake.wait()
                 except TimeoutError:
                     self._nudge_late()
         finally:
@@ -224,7 +225,9 @@ class Trainer:
 
     def _window(self) -> int:
         replicas = [max(1, len(self.state.ready(s.index))) for s in self.state.stages]
-        return window(replicas, self.spec.league.in_flight)
+        # One more for each pipeline than computes: that an item is finished is told with the next claim, not at once.
+        depth, held = window(replicas, self.spec.league.in_flight), self.spec.league.in_flight * min(replicas)
+        return min(depth + min(replicas), held)
 
     def _route(self, flight: Flight) -> tuple[Member, ...] | None:
         stages = [self._stage_loads(s.index, flight) for s in self.state.stages]

@@ -125,6 +125,13 @@ class Workbench:
         """Whether a forward may come in: its backward's slot is reserved with it. A twin takes no second slot."""
         return key in self.items or sum(not item.is_done for item in self.items.values()) < self.capacity
 
+    def has_open_items(self) -> bool:
+        """Whether a training item of this step is here that is not folded yet."""
+        return any(
+            not item.is_done and item.lease.kind is Kind.TRAIN and item.lease.step == self.step and self.is_mine(item)
+            for item in self.items.values()
+        )
+
     def claimable(self) -> Iterator[Item]:
         """Items that are ready to be folded but for the claim."""
         for item in self.items.values():

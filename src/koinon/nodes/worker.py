@@ -40,6 +40,7 @@ from koinon.units import PeerId, RunId, Seconds
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 FAREWELL = Seconds(1.0)
+FINISHED_LINGER = Seconds(0.05)
 
 
 class Worker:
@@ -483,12 +484,26 @@ class Worker:
 
     # --- claims
 
+    def _can_wait(self) -> bool:
+        assert self._bench
+        only_folded = all(finished.kind is Kind.TRAIN for finished in self._finished)
+        return only_folded and self._bench.has_open_items() and not any(self._bench.claimable())
+
     async def _claim_loop(self) -> None:
-        """One request at a time: what gathers meanwhile goes with the next one."""
+        """One request at a time: what gathers meanwhile goes with the next one.
+
+        That an item is finished waits a moment for the next claim, unless the trainer waits for it: exchanges cost by
+        the piece.
+        """
         assert self._bench
         while True:
             await self._claims.wait()
             self._claims.clear()
+            if self._finished and self._can_wait():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FINISHED_LINGER.value):  # wait_for of 3.11 can swallow a cancellation
+                        await self._claims.wait()
+                        self._claims.clear()
             asked = list(self._bench.claimable())
             finished, self._finished = self._finished, []
             if not asked and not finished:

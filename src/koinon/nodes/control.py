@@ -199,7 +199,8 @@ class Control:
             return
         with contextlib.suppress(StateError):  # it is kept in `failure`; the run can be resumed without this event
             self.coordinator.stop(reason)
-        await asyncio.wait(self._tasks, timeout=DRAIN.value)
+        if self._tasks:  # none, if it could not even listen
+            await asyncio.wait(self._tasks, timeout=DRAIN.value)
 
     async def close(self) -> None:
         """Stop. Call it when the workers are gone: until then they are answered."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from koinon.data.tokenizer import END
 from koinon.errors import KoinonError, StateError
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr
@@ -88,7 +89,7 @@ class League:
         self._listeners: list[Callable[[ev.Event, RunState], None]] = []
         self._seats: dict[int, Seat] = {}
         self._respawns: set[asyncio.Task[None]] = set()
-        self._host = Host(self._on_ended)
+        self._host = Host(self._on_ended, self._on_host_died)
         self._address: NodeAddr | None = None
         self._closing = False
         self._run: OpenRun | None = None
@@ -196,6 +197,14 @@ class League:
             self._respawns.add(task)
             task.add_done_callback(self._respawns.discard)
 
+    def _on_host_died(self) -> None:
+        """The process that forks the workers is gone, and with it every worker of this machine."""
+        if not self._closing and self._control is not None and self.state.phase is Phase.TRAINING:
+            reason = (
+                "The process that starts the workers has ended; its own error is printed above. Mend it, then resume."
+            )
+            self._control.coordinator.write(ev.RunFailed(reason))
+
     async def _respawn(self, seat: Seat) -> None:
         await asyncio.sleep(0.1 * 2**seat.crashes if seat.crashes else 0.0)
         if not self._closing:
@@ -235,16 +244,20 @@ class League:
     async def sample(
         self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0
     ) -> AsyncIterator[str]:
-        """Text after `prompt`, piece by piece, each token through all stages. Raises PeerError."""
+        """Text after `prompt`, piece by piece, each token through all stages; ends early where a document would."""
         run, trainer = self._opened(), self._controlled().trainer
         tokenizer = run.dataset.tokenizer
         ids = tokenizer.encode(prompt)
         stream = tokenizer.stream()
         for count in range(tokens):
             token = await trainer.sample(ids, temperature=temperature, seed=seed * 1_000_003 + count)
+            if token == END:
+                break
             ids.append(token)
             if text := stream.feed([token]):
                 yield text
+        if text := stream.rest():
+            yield text
 
     def _opened(self) -> OpenRun:
         if self._run is None:

@@ -87,7 +87,7 @@ class Coordinator:
         self._publisher = Publisher(log, transport)
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
-        self._bereft: dict[int, float] = {}  # stage -> since when nobody holds its weights
+        self._bereft: dict[int, float] = {}  # stage -> since when its weights are asked for in vain
         self._silences = History()
         self._reduces = [History() for _ in range(spec.model.stages)]
         self._attempts: dict[int, OpenAttempt] = {}
@@ -215,6 +215,8 @@ class Coordinator:
             return "load"
         if self.state.ready(stage.index):
             return "fetch"
+        if root is not None:
+            self._bereft.setdefault(stage.index, self._clock())
         someone_begins = any(s != newcomer for s in self.state.seats_of(stage.index, SeatStatus.SYNCING))
         return "found" if stage.step == 0 and root is None and not someone_begins else "fetch"
 
@@ -302,18 +304,18 @@ class Coordinator:
                 self.write(ev.Unreachable(member, f"silent for {Seconds(silent)}"))
 
     def _watch_stages(self) -> None:
-        """A stage whose weights nobody holds any more does not come back by waiting: the run goes back on resuming."""
+        """Weights that nobody has any more do not come back by waiting: the run ends, and goes back on resuming."""
         now = self._clock()
         for stage in self.state.stages:
-            held = self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.UNREACHABLE)
-            if held or not stage.versions or self.state.phase is not Phase.TRAINING:
+            if self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.UNREACHABLE):
                 self._bereft.pop(stage.index, None)
-            elif now - self._bereft.setdefault(stage.index, now) > self.spec.league.grace_s:
+            elif stage.index in self._bereft and now - self._bereft[stage.index] > self.spec.league.grace_s:
+                del self._bereft[stage.index]
                 self.write(
                     ev.RunFailed(
-                        f"Nobody has held stage {stage.index} at step {stage.step} for "
-                        f"{Seconds(self.spec.league.grace_s)}, and no worker that came had it on its disk. Resume: the "
-                        "run goes back to the newest step that every stage has."
+                        f"Nobody has stage {stage.index} at step {stage.step} any more: workers have asked for it for "
+                        f"{Seconds(self.spec.league.grace_s)}. Resume: the run goes back to the newest step that every "
+                        "stage has."
                     )
                 )
 

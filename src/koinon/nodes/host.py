@@ -24,7 +24,9 @@ Ended = Callable[[int, int], None]
 class Host:
     """A zygote and its workers. `ended(number, status)` is called for each worker that ends; negative: a signal."""
 
-    def __init__(self, ended: Ended) -> None:
+    def __init__(self, ended: Ended, died: Callable[[], None]) -> None:
+        """died: called if the zygote itself ends before it is told to."""
+        self._died, self._closing = died, False
         self.pids: dict[int, int] = {}
         self._ended = ended
         self._zygote: asyncio.subprocess.Process | None = None
@@ -69,6 +71,7 @@ class Host:
 
     async def close(self) -> None:
         """End all workers, then the zygote. Returns when they are gone."""
+        self._closing = True
         if self._zygote is None:
             return
         if self._zygote.stdin is not None:
@@ -83,6 +86,8 @@ class Host:
         async for line in self._zygote.stdout:
             self._hear(json.loads(line))
         self._ready.set()
+        if not self._closing:
+            self._died()
 
     def _hear(self, message: dict[str, Any]) -> None:
         if "started" in message:

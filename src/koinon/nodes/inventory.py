@@ -20,7 +20,12 @@ async def verified_snapshots(directory: RunDir, state: RunState) -> dict[int, di
     roots = {s.index: {v.step: v.root for v in s.versions} for s in state.stages}
     order = [[str(path), stage, roots.get(stage, {})] for (stage, _), path in directory.seats().items()]
     checker = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "koinon.nodes.inventory", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "koinon.nodes.inventory",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is the caller's
     )
     answer, _ = await checker.communicate(json.dumps(order).encode())
     if checker.returncode != 0:

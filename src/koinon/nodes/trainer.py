@@ -381,6 +381,8 @@ class Trainer:
 
     async def sample(self, prompt: list[int], *, temperature: float, seed: int) -> int:
         """One token after `prompt`, drawn by the last stage. Raises PeerError if the league cannot answer."""
+        while not self.state.stages:  # the log is on its way
+            await asyncio.sleep(0.05)
         self._draws += 1
         step = self.state.stages[0].step
         window_ = np.asarray([prompt[-self.spec.model.context :]], dtype=np.int32)

@@ -73,6 +73,6 @@ def test_a_stage_that_nobody_holds_any_more_fails_the_run_which_resumes_from_an_
     spec = spec_of(1, train={"snapshot_every": 2})
     failed = run_league(spec, tmp_path, make_compute=Paced, plan={(0, 0): {(Point.FORWARD, 1)}})
     assert failed.state.phase is Phase.FAILED
-    assert "Nobody has held stage 0 at step 1" in failed.state.reason
+    assert "Nobody has stage 0 at step 1" in failed.state.reason
     assert failed.ended_at < 60.0
     assert_whole(run_league(spec, tmp_path, make_compute=Paced, resume=True), undisturbed)

@@ -306,7 +306,7 @@ class Coordinator:
     def _watch_stages(self) -> None:
         """Weights that nobody has any more do not come back by waiting: the run ends, and goes back on resuming."""
         now = self._clock()
-        for stage in self.state.stages:
+        for stage in self.state.stages if self.state.phase is Phase.TRAINING else ():
             if self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.UNREACHABLE):
                 self._bereft.pop(stage.index, None)
             elif stage.index in self._bereft and now - self._bereft[stage.index] > self.spec.league.grace_s:

@@ -53,7 +53,7 @@ def _gap_panel(rows: Rows) -> Panel:
         found = gaps(rows, variant.digest(plan.BATCH), reference.digest(plan.BATCH))
         curves.append(_gap_curve(variant.name, [gap for gap in found if gap.corpus == "code"]))
     drawable = [curve for curve in curves if len(curve.points) > 1]
-    return Panel("Gap to the uncompressed twin", "million tokens", "% (bars: all seeds)", drawable, target=1.0)
+    return Panel("Gap to the uncompressed twin", "million tokens", "% (bars: all seeds)", drawable, 1.0, rises=True)
 
 
 def _gap_curve(name: str, found: Sequence[Gap]) -> Curve:

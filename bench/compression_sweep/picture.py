@@ -22,13 +22,14 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Axes with a logarithmic x. target: a dashed line at that y."""
+    """Axes with a logarithmic x. target: a dashed line at that y. rises: the names stand on the left, out of the way."""
 
     title: str
     x: str
     y: str
     curves: Sequence[Curve]
     target: float | None = None
+    rises: bool = False
 
 
 def drawn(panels: Sequence[Panel]) -> str:
@@ -80,7 +81,7 @@ def _panel(panel: Panel) -> str:
         shapes.append(_line([axes.at(axes.x_low, panel.target), axes.at(axes.x_high, panel.target)], "#999", "5 4"))
     for curve, colour in zip(panel.curves, COLOURS, strict=False):
         shapes += _curve(axes, curve, colour)
-    return "".join([*shapes, *_legend(panel.curves)])
+    return "".join([*shapes, *_legend(panel)])
 
 
 def _grid(axes: Axes, xs: Iterable[float]) -> Iterable[str]:
@@ -101,11 +102,13 @@ def _curve(axes: Axes, curve: Curve, colour: str) -> list[str]:
     return shapes
 
 
-def _legend(curves: Sequence[Curve]) -> Iterable[str]:
-    for index, (curve, colour) in enumerate(zip(curves, COLOURS, strict=False)):
+def _legend(panel: Panel) -> Iterable[str]:
+    for index, (curve, colour) in enumerate(zip(panel.curves, COLOURS, strict=False)):
         height = TOP + 12 + 14 * index
-        yield _line([(WIDTH - RIGHT - 16, height - 4), (WIDTH - RIGHT, height - 4)], colour, width=2)
-        yield _text(WIDTH - RIGHT - 21, height, curve.name, "end")
+        start = LEFT + 6 if panel.rises else WIDTH - RIGHT - 16
+        yield _line([(start, height - 4), (start + 16, height - 4)], colour, width=2)
+        beside, anchor = (start + 21, "start") if panel.rises else (start - 5, "end")
+        yield _text(beside, height, curve.name, anchor)
 
 
 def _line(places: Sequence[tuple[float, float]], colour: str, dashes: str = "", width: float = 1) -> str:

@@ -22,7 +22,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Axes with a logarithmic x. target: a dashed line at that y. rises: the names stand on the left, out of the way."""
+    """Axes with a logarithmic x. target: a dashed line at that y. rises: the names stand on the left."""
 
     title: str
     x: str

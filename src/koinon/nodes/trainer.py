@@ -101,8 +101,10 @@ class Trainer:
 
     def _on_event(self, event: ev.Event, state: RunState) -> None:
         match event:
-            case ev.SeatLeft(member=member) | ev.Unreachable(member=member):
-                self._take_back(member, state.step, type(event).__name__)
+            case ev.SeatLeft(member=member, drained=drained):
+                self._take_back(member, state.step, "SeatLeft", may_be_the_item=not drained)
+            case ev.Unreachable(member=member):
+                self._take_back(member, state.step, "Unreachable")
             case ev.Excluded(member=member, step=step):
                 self._take_back(member, step, "excluded", only=step)
             case ev.StageStepped(stage=stage, step=step, penalised=penalised):
@@ -147,9 +149,14 @@ class Trainer:
             if future is not None and not future.done():
                 future.set_result(int(finished.value))
 
-    def _take_back(self, member: Member, first: int, reason: str, *, only: int | None = None) -> None:
-        """Everything that a lost member still had to do, or had folded and not committed, is to be leased again."""
-        accounts = {mem: seat.account for mem, seat in self.state.seats.items()}
+    def _take_back(
+        self, member: Member, first: int, reason: str, *, only: int | None = None, may_be_the_item: bool = False
+    ) -> None:
+        """Everything that a lost member still had to do, or had folded and not committed, is to be leased again.
+
+        Only a process that ended may have ended because of an item: links that fail say nothing against one.
+        """
+        accounts = {member: self.state.seats[member].account} if may_be_the_item else {}
         taken: dict[tuple[int, int], list[int]] = {}
         for flight in self._flights.values():
             if flight.kind is Kind.TRAIN and (flight.step < first or (only is not None and flight.step != only)):

@@ -297,8 +297,11 @@ class LocalSwarm:
         trains: bool = True,
         replicas: int | None = None,
         progress: Progress = _quiet,
+        faults: Mapping[tuple[int, int], tuple[tuple[str, int], ...]] | None = None,
     ) -> None:
-        self._league = League(spec, directory, resume=resume, trains=trains, replicas=replicas, progress=progress)
+        self._league = League(
+            spec, directory, resume=resume, trains=trains, replicas=replicas, progress=progress, faults=faults
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="koinon", daemon=True)
         self._events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()

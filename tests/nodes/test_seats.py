@@ -76,3 +76,21 @@ def test_a_stage_that_nobody_holds_any_more_fails_the_run_which_resumes_from_an_
     assert "Nobody has stage 0 at step 1" in failed.state.reason
     assert failed.ended_at < 60.0
     assert_whole(run_league(spec, tmp_path, make_compute=Paced, resume=True), undisturbed)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("moment", [0.01, 0.05, 0.1, 0.15])
+def test_whoever_was_to_found_a_stage_may_die_at_it(
+    tmp_path: Path, undisturbed: dict[int, float], moment: float, replicas: int
+) -> None:
+    """The others wait for it; and it comes back as one who finds others waiting."""
+
+    async def kill_the_founders(league: Rehearsal) -> None:
+        await asyncio.sleep(moment)
+        for stage in 0, 1:
+            await league.kill(stage, 0)
+            await league.start(stage, 0)
+
+    league = run_league(spec_of(replicas), tmp_path, kill_the_founders, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert league.ended_at < 60.0

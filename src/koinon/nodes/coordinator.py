@@ -87,6 +87,7 @@ class Coordinator:
         self._publisher = Publisher(log, transport)
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
+        self._founders: dict[int, Member] = {}  # stage -> whom it was left to found it
         self._bereft: dict[int, float] = {}  # stage -> since when its weights are asked for in vain
         self._silences = History()
         self._reduces = [History() for _ in range(spec.model.stages)]
@@ -217,8 +218,12 @@ class Coordinator:
             return "fetch"
         if root is not None:
             self._bereft.setdefault(stage.index, self._clock())
-        someone_begins = any(s != newcomer for s in self.state.seats_of(stage.index, SeatStatus.SYNCING))
-        return "found" if stage.step == 0 and root is None and not someone_begins else "fetch"
+            return "fetch"
+        founder = self.state.seats.get(self._founders.get(stage.index, newcomer.member))
+        if founder is None or founder.status is SeatStatus.LEFT:
+            founder = newcomer
+        self._founders[stage.index] = founder.member
+        return "found" if founder.member == newcomer.member else "fetch"
 
     def _pass(self, peer: PeerId, message: m.Join, stage: int) -> bytes:
         not_after = int(time.time() + PASS_LIFETIME.value)

@@ -23,6 +23,7 @@ from koinon.model.snapshot import load, metadata, root, save
 from koinon.model.stage import Stage
 from koinon.net.transport import Answer, Transport
 from koinon.nodes import messages as m
+from koinon.nodes.clock import loop_time
 from koinon.nodes.compute import Compute
 from koinon.nodes.engine import Engine, Prepared
 from koinon.nodes.follower import RunFollower
@@ -30,10 +31,12 @@ from koinon.nodes.switchboard import Switchboard
 from koinon.optim.update import State
 from koinon.run.spec import RunSpec
 from koinon.run.state import RunState, SeatStatus
-from koinon.units import PeerId
+from koinon.units import PeerId, Seconds
 
 log = logging.getLogger(__name__)
 FETCH_PAUSE = 0.1
+FETCH_PATIENCE = Seconds(10.0)
+"""Whoever waits longer for a first member to be ready asks anew: the one that everybody waits for may be gone."""
 _FROZEN, _WEIGHTS, _MOMENTUM, _BEFORE = "frozen/", "weights/", "momentum/", "before/"
 
 
@@ -125,6 +128,7 @@ class Syncer:
 
     async def _fetch(self, stage: int, follower: RunFollower, newer_than: int = -1) -> tuple[int, dict[str, Tensor]]:
         """(step, tensors) from any member that is ready. Waits while there is hope of one."""
+        began = loop_time()
         while True:
             seats = [s for s in follower.state.ready(stage) if s.worker != self._transport.me]
             for seat in seats:
@@ -136,7 +140,8 @@ class Syncer:
                 except PeerError as error:
                     log.info("member %s gave no state: %s", seat.member, error)
             others = [s for s in follower.state.seats_of(stage) if s.worker != self._transport.me]
-            if not others and newer_than < 0:
+            in_vain = not others or (not seats and loop_time() - began > FETCH_PATIENCE.value)
+            if in_vain and newer_than < 0:
                 raise NothingToResume(f"Nobody in stage {stage} has its state any more: ask for a seat again.")
             if newer_than >= 0 and follower.state.stages[stage].step <= newer_than:
                 raise StateError("there is nothing newer to fetch")

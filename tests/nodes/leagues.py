@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from koinon.errors import KoinonError
 from koinon.net.clock import run_virtual
 from koinon.nodes.compute import InlineCompute
 from koinon.run import events as ev
@@ -84,8 +85,10 @@ class Rehearsal(TwinLeague):
             if self.state.phase in (Phase.STOPPED, Phase.FAILED):
                 return
             for place, one in list(self.workers.items()):
-                if one.task.done():
-                    await self.kill(*place)
+                if one.task.done() and (one.task.cancelled() or isinstance(one.task.exception(), KoinonError | None)):
+                    del self.workers[place]
+                    one.transport.kill()
+                    self.control.coordinator.vanished(one.transport.me, "its process ended")
                     await self.start(*place)
 
 

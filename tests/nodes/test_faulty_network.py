@@ -1,0 +1,109 @@
+"""A network that delays, loses, doubles, reorders, spoils and cuts: the same losses, in bounded time and room.
+
+The twin repeats nothing below the caller, so 5% here is far harsher than 5% under QUIC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from koinon.net.hub import Faults
+from koinon.nodes.worker import Worker
+from koinon.units import PeerId, Seconds
+from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
+
+BOUND = 900.0
+"""Virtual seconds. The undisturbed run takes four."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    return run_league(spec_of(1), tmp_path_factory.mktemp("calm"), make_compute=Paced).losses()
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(Faults(delay=Seconds(0.08), jitter=Seconds(0.04)), id="80 +- 40 ms"),
+        pytest.param(Faults(delay=Seconds(0.02), loss=0.05), id="5% lost"),
+        pytest.param(Faults(delay=Seconds(0.02), loss=0.20), id="20% lost"),
+        pytest.param(Faults(delay=Seconds(0.02), duplicate=0.3, late=0.3, jitter=Seconds(0.1)), id="doubled and late"),
+        pytest.param(Faults(delay=Seconds(0.02), corrupt=0.05), id="5% spoilt"),
+        pytest.param(
+            Faults(delay=Seconds(0.02), jitter=Seconds(0.02), loss=0.05, duplicate=0.1, late=0.1, corrupt=0.02),
+            id="all of it",
+        ),
+    ],
+)
+def test_the_losses_are_those_of_a_perfect_network(
+    tmp_path: Path, undisturbed: dict[int, float], faults: Faults, replicas: int
+) -> None:
+    league = run_league(spec_of(replicas), tmp_path, make_compute=Paced, faults=faults)
+    assert_whole(league, undisturbed)
+    assert league.ended_at < BOUND
+
+
+@pytest.mark.parametrize("seconds", [1.0, 5.0, 60.0], ids="{} s".format)
+@pytest.mark.parametrize("cut", ["one worker", "a whole stage", "the stages", "the coordinator", "everybody"])
+def test_a_partition_that_heals_leaves_no_trace_in_the_losses(
+    tmp_path: Path, undisturbed: dict[int, float], cut: str, seconds: float
+) -> None:
+    async def divide(league: Rehearsal) -> None:
+        await league.until(lambda state: state.step == 1)
+        await asyncio.sleep(0.3)
+        league.hub.partition(*groups(league, cut))
+        await asyncio.sleep(seconds)
+        league.hub.heal()
+
+    league = run_league(spec_of(2), tmp_path, divide, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert league.ended_at < seconds + BOUND
+
+
+def groups(league: Rehearsal, cut: str) -> Iterable[list[PeerId]]:
+    keys = {place: one.transport.me for place, one in league.workers.items()}
+    coordinator, workers = league.address.peer, list(keys.values())
+    stages = [[key for place, key in keys.items() if place[0] == stage] for stage in (0, 1)]
+    match cut:
+        case "one worker":
+            return [keys[0, 0]], [coordinator, *(key for key in workers if key != keys[0, 0])]
+        case "a whole stage":
+            return stages[0], [coordinator, *stages[1]]
+        case "the stages":  # both still reach the coordinator
+            return stages
+        case "the coordinator":
+            return [coordinator], workers
+        case _:
+            return [[key] for key in (coordinator, *workers)]
+
+
+def test_what_waits_in_memory_is_bounded_by_the_spec_and_gone_with_its_step(tmp_path: Path) -> None:
+    spec = spec_of(2, train={"steps": 6, "batch": 16}, league={"in_flight": 4})
+    most = dict.fromkeys(("inbox", "items", "flights", "waiting"), 0)
+
+    async def watch(league: Rehearsal) -> None:
+        while league.state.step < spec.train.steps:
+            for worker in (one.worker for one in league.workers.values()):
+                _note(most, worker)
+            most["flights"] = max(most["flights"], len(league.control.trainer._flights))
+            most["waiting"] = max(most["waiting"], len(league.control.trainer._tasks))
+            await asyncio.sleep(0.05)
+
+    faults = Faults(delay=Seconds(0.02), loss=0.05, duplicate=0.1, late=0.1)
+    run_league(spec, tmp_path, watch, make_compute=Paced, faults=faults)
+    microbatches, members = spec.train.microbatches, 2
+    assert 0 < most["inbox"] <= 2 * 3 * members, "slices, norms and updates of this attempt and of the next"
+    assert 0 < most["items"] <= 2 * microbatches, "a step, and the one before until all stages have taken it"
+    assert 0 < most["flights"] <= 2 * microbatches
+    assert 0 < most["waiting"] <= 4 * microbatches
+
+
+def _note(most: dict[str, int], worker: Worker) -> None:
+    if worker._bench is not None and worker._reducer is not None:
+        most["items"] = max(most["items"], len(worker._bench.items))
+        most["inbox"] = max(most["inbox"], len(worker._reducer._inbox))

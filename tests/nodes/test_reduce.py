@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 
 from koinon.errors import DiskFull
+from koinon.net.clock import run_virtual
 from koinon.net.hub import Faults
 from koinon.nodes import syncer
-from koinon.nodes.engine import Engine
+from koinon.nodes.engine import SECOND_TOLERANCE, Engine
+from koinon.nodes.faults import Point
 from koinon.run import events as ev
 from koinon.run.state import Phase
 from koinon.units import BitsPerSecond
-from tests.nodes.leagues import Paced, assert_whole, run_league, spec_of
+from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 from tests.twin import TwinLeague
 
 
@@ -95,3 +97,118 @@ def _break_one_gradient(patch: pytest.MonkeyPatch) -> None:
         return b"\0\0\xc0\x7f" + slices[4:] if self in broken and self.step == 2 else slices
 
     patch.setattr(Engine, "gradients", gradients)
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_an_owner_that_dies_in_a_reduce_takes_nobody_with_it(
+    tmp_path: Path, undisturbed: dict[int, float], replicas: int
+) -> None:
+    """In every point of one reduce another member dies; whoever is left finishes it in a later attempt."""
+    plan = {(0, 0): {(Point.SLICED, 2)}, (1, 0): {(Point.UPDATED, 2)}}
+    league = run_league(spec_of(replicas), tmp_path, make_compute=Paced, plan=plan)
+    assert len(league.deaths) == 2
+    assert_whole(league, undisturbed)
+    assert league.state.tally.reduces_aborted >= 2
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_replicas_that_round_differently_keep_equal_roots(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch, replicas: int
+) -> None:
+    exact, rough = Engine.update, list[Engine]()
+
+    def update(self: Engine, gradients: Any, norm: float) -> Any:
+        if self.stage.index == 0 and not rough:
+            rough.append(self)
+        weights, states = exact(self, gradients, norm)
+        if self in rough:
+            weights = {name: weight * (1 + 1e-6) for name, weight in weights.items()}
+        return weights, states
+
+    monkeypatch.setattr(Engine, "update", update)
+    league = run_league(spec_of(replicas), tmp_path, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert not [event for event in league.events if isinstance(event, ev.Disputed | ev.ReduceAborted)]
+    assert_equal_weights(league)
+
+
+def test_an_owner_that_once_sends_what_its_slices_do_not_give_is_disputed_and_the_step_taken_again(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _lie(monkeypatch, times=1)
+    league = run_league(spec_of(2), tmp_path, make_compute=Paced)
+    [dispute] = [event for event in league.events if isinstance(event, ev.Disputed)]
+    assert dispute.error > SECOND_TOLERANCE
+    assert_whole(league, undisturbed)
+    assert_equal_weights(league)
+
+
+def test_an_owner_that_lies_always_ends_the_run_before_its_lie_is_applied(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two members cannot judge each other: a person has to look at both machines."""
+    with monkeypatch.context() as patch:
+        _lie(patch, times=1000)
+        failed = run_league(spec_of(2), tmp_path, make_compute=Paced)
+    assert failed.state.phase is Phase.FAILED
+    assert "one of the machines is wrong" in failed.state.reason
+    assert_whole(run_league(spec_of(2), tmp_path, make_compute=Paced, resume=True), undisturbed)
+
+
+def _lie(patch: pytest.MonkeyPatch, *, times: int) -> None:
+    """From step 2 on, one member of stage 0 sends its first updated tensor a thousandth too large."""
+    honest, liars, told = Engine.sent, list[Engine](), list[str]()
+
+    def sent(self: Engine, names: Sequence[str], tensors: Any) -> bytes:
+        if self.stage.index == 0 and self.step == 2 and names and not liars:
+            liars.append(self)
+        if self in liars and len(told) < times and names:
+            told.append(names[0])
+            tensors = {**tensors, names[0]: tensors[names[0]] * 1.001}
+        return honest(self, names, tensors)
+
+    patch.setattr(Engine, "sent", sent)
+
+
+@pytest.mark.parametrize("seat", [0, 1, 2])
+def test_the_optimizer_state_of_a_member_that_leaves_goes_to_the_new_owners(
+    tmp_path: Path, undisturbed: dict[int, float], seat: int
+) -> None:
+    """Were it lost, the losses would tell: momentum makes most of an update by then."""
+
+    async def leave(league: Rehearsal) -> None:
+        await league.until(lambda state: state.step == 2)
+        for stage in 0, 1:
+            await league.kill(stage, seat)
+
+    league = run_league(spec_of(3), tmp_path, leave, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert not [event for event in league.events if isinstance(event, ev.MomentumLost)]
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_after_a_resume_every_tensor_finds_its_optimizer_state(
+    tmp_path: Path, undisturbed: dict[int, float], replicas: int
+) -> None:
+    """New members have new numbers, and so own other tensors than before."""
+
+    async def go() -> None:
+        league = await Rehearsal(spec_of(replicas), tmp_path, make_compute=Paced).__aenter__()
+        await league.until(lambda state: state.step == 2)
+        await league.vanish()
+
+    run_virtual(go())
+    league = run_league(spec_of(replicas), tmp_path, make_compute=Paced, resume=True)
+    assert_whole(league, undisturbed)
+    assert not [event for event in league.events if isinstance(event, ev.MomentumLost | ev.Disputed)]
+
+
+def assert_equal_weights(league: TwinLeague) -> None:
+    """The newest snapshots of a stage hold the same bytes of weights on every disk, and they are the log's."""
+    for stage in league.state.stages:
+        newest = stage.versions[-1]
+        folders = league.path.glob(f"seats/{stage.index:02d}-*")
+        files = [folder / f"step-{newest.step:08d}.safetensors" for folder in folders]
+        files = [path for path in files if path.exists()]
+        assert files
+        assert all(syncer.verified(path, newest.root) for path in files)

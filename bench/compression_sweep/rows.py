@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from koinon.model.config import ModelConfig
+from koinon.model.layout import layout
 
 _OFF = (0, False, "none", "linear", "nearest")
 
@@ -30,9 +31,11 @@ class Variant:
 
     def digest(self, batch: int) -> str:
         """Of what decides the result beside corpus, seed and horizon; the name does not. Options that are off are left
-        out, so that a model that learns a new option keeps its old rows."""
+        out, so that a model that learns a new option keeps its old rows. How tensors start and are updated counts too:
+        a model in which that changes is measured anew."""
         on = {name: value for name, value in asdict(self.model).items() if value not in _OFF}
-        decides = [on, self.muon_lr, self.adamw_lr, self.wire, batch]
+        tensors = [list(layout(self.model, index).items()) for index in range(self.model.stages)]
+        decides = [on, repr(tensors), self.muon_lr, self.adamw_lr, self.wire, batch]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -64,6 +64,7 @@ def test_an_unknown_field_names_its_nearest() -> None:
         ({"form": "dense", "fresh": 1}, "stream's projection"),
         ({"form": "dense", "trained_lifts": True}, "no lifts"),
         ({"grams": 3, "table": 0}, "needs `table`"),
+        ({"hashes": 0}, "at least 1"),
         ({"gradient_rounding": "stochastic"}, "integer `codec`"),
         ({"taps": 1}, "choose 0, or 2"),
         ({"taps": 11}, "choose 0, or 2"),

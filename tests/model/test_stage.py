@@ -202,12 +202,21 @@ def test_ids_beyond_what_halves_can_count_stay_exact() -> None:
     stages = stages_of(config)
     ids = torch.tensor([[2047, 2048, 2049, 2050, 4097, 65_535, 65_536, 65_537, 69_999, 0]])
     tokens = stages[1].frozen()["side.tokens"]
-    tables = stages[1].trained()["side.grams2"]
-    buckets = stages[1].side.buckets(ids, 2)
-    assert torch.equal(stages[1].side(ids), (tokens[ids] + tables[buckets]).detach())
+    table = stages[1].trained()["side.grams2"]
+    rows = torch.stack([table[stages[1].side.buckets(ids, 2, hash_)] for hash_ in range(config.hashes)], -1).sum(-1)
+    assert torch.equal(stages[1].side(ids), (tokens[ids] + rows).detach())
     with torch.no_grad():
         sums = [float(in_process(stages, ids, targets)) for targets in (ids, ids + (ids == 2049).long())]
     assert sums[0] != sums[1]
+
+
+def test_bigrams_that_share_a_row_differ_in_others() -> None:
+    """13 rows for 361 bigrams: one hash cannot tell most of them apart, three together nearly all."""
+    ids = torch.cartesian_prod(torch.arange(19), torch.arange(19))
+    side = stages_of(replace(SMALL, hashes=3))[1].side
+    found = [side.buckets(ids, 2, hash_)[:, 1] for hash_ in range(3)]
+    assert len(set(found[0].tolist())) <= 13
+    assert len(set(zip(*(rows.tolist() for rows in found), strict=True))) > 300
 
 
 @pytest.mark.parametrize("bad", [-1, 19])

@@ -39,7 +39,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _AT_LEAST = {
     "size": 2, "layers": 1, "heads": 1, "kv_heads": 1, "ffn": 1, "vocab": 2, "context": 1, "stages": 1,
-    "rank": 1, "table": 0, "grams": 2, "taps": 0, "fresh": 0,
+    "rank": 1, "table": 0, "grams": 2, "hashes": 1, "taps": 0, "fresh": 0,
 }  # fmt: skip
 
 
@@ -72,6 +72,9 @@ class ModelConfig:
     """Buckets of each hashed n-gram table; 0 is none. What a stage computes from token ids costs no bytes."""
     grams: int = 2
     """Longest n-gram that has a table: 2 for bigrams, 3 for bigrams and trigrams."""
+    hashes: int = 3
+    """Rows of a table that are summed for one n-gram, each found by its own hash: n-grams that share one row then differ
+    in the others (arXiv:1709.03933). Costs lookups, no parameters and no bytes."""
     table_stages: TableStages = "every"
     taps: int = 0
     """Length of a causal depthwise convolution over what a stage derives from ids; 0 is none."""

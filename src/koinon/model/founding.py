@@ -28,7 +28,8 @@ def frozen_tensors(config: ModelConfig, index: int, secret: bytes) -> dict[str, 
     frozen: dict[str, Tensor] = {}
     if config.has_table(index):
         generator = _generator(secret, "side.salt")
-        frozen["side.salt"] = torch.from_numpy(generator.integers(1, HASH_PRIME, (config.grams - 1, config.grams)))
+        shape = (config.hashes, config.grams - 1, config.grams)
+        frozen["side.salt"] = torch.from_numpy(generator.integers(1, HASH_PRIME, shape))
     if config.form == "dense":
         return frozen
     width = config.boundary_width

@@ -108,20 +108,26 @@ def _block(config: ModelConfig, *, narrow: bool) -> Iterator[tuple[str, TensorSp
 
 
 def _exit(config: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
+    """Updated by AdamW, not by Muon: everything that crosses goes through the projection, and updates of Muon's size in
+    all its directions are noise on the boundary (1.554 against 1.548 nats after 384 steps, bench.compression)."""
     d, width = config.size, config.boundary_width
-    yield "exit.projection", _matrix(width, d, 0.02)
+    yield "exit.projection", _plain(width, d, 0.02)
     match config.reading:
         case "linear":
             return
         case "gated":
-            yield "exit.gate", replace(_matrix(width, d, 0.0), start="zeros")
+            yield "exit.gate", replace(_plain(width, d, 0.0), start="zeros")
         case "deep":
-            yield "exit.up", _matrix(DEEP * width, d, 0.02)
-            yield "exit.down", replace(_matrix(width, DEEP * width, 0.0), start="zeros")
+            yield "exit.up", _plain(DEEP * width, d, 0.02)
+            yield "exit.down", replace(_plain(width, DEEP * width, 0.0), start="zeros")
 
 
 def _matrix(rows: int, columns: int, std: float, *, parts: tuple[int, ...] = ()) -> TensorSpec:
     return TensorSpec((rows, columns), "muon", penalised=True, std=std, parts=parts)
+
+
+def _plain(rows: int, columns: int, std: float) -> TensorSpec:
+    return replace(_matrix(rows, columns, std), group="adamw")
 
 
 def _gain(width: int) -> TensorSpec:

@@ -32,7 +32,7 @@ def adopt(module: nn.Module, weights: Mapping[str, Tensor], frozen: Mapping[str,
 
 
 class Side(nn.Module):
-    """F[t] + Σ_n N_n[hash(t, .., t-n+1)], and what a causal depthwise convolution adds to that sum."""
+    """F[t] + Σ_n Σ_j N_n[hash_j(t, .., t-n+1)], and what a causal depthwise convolution adds to that sum."""
 
     tokens: Tensor
     salt: Tensor
@@ -43,26 +43,29 @@ class Side(nn.Module):
         adopt(self, weights, frozen)
         self._has_tokens = "tokens" in weights or "tokens" in frozen
         self._grams = tuple(gram for gram in range(2, config.grams + 1) if f"grams{gram}" in weights)
-        self._taps, self._buckets = config.taps, config.table
+        self._taps, self._buckets, self._hashes = config.taps, config.table, config.hashes
         self.reach = max(0, *(gram - 1 for gram in (*self._grams, 1))) + max(0, config.taps - 1)
         """How many ids before a position its side depends on."""
 
     def forward(self, ids: Tensor) -> Tensor | None:
         """ids (b, T) int64 -> (b, T, d), or None if nothing follows from ids. Position 0 is a sequence's first."""
         parts = [F.embedding(ids, self.tokens)] if self._has_tokens else []
-        parts += [F.embedding(self.buckets(ids, gram), self.get_parameter(f"grams{gram}")) for gram in self._grams]
+        for gram in self._grams:
+            rows = torch.stack([self.buckets(ids, gram, hash_) for hash_ in range(self._hashes)], -1)
+            parts.append(F.embedding(rows, self.get_parameter(f"grams{gram}")).sum(-2))
         if not parts:
             return None
         side = sum(parts[1:], start=parts[0])
         return side + self._convolved(side) if self._taps else side
 
-    def buckets(self, ids: Tensor, gram: int) -> Tensor:
-        """The row of each position's n-gram in its table. What stands before a sequence counts as id -1, so nothing
-        crosses sequence starts. The multipliers are the stage's own: n-grams that collide here differ elsewhere."""
+    def buckets(self, ids: Tensor, gram: int, hash_: int = 0) -> Tensor:
+        """The row of each position's n-gram under one hash of its table. What stands before a sequence counts as id -1,
+        so nothing crosses sequence starts. The multipliers are the stage's own: n-grams that share a row here differ in
+        other stages."""
         hashed = torch.zeros_like(ids)
         for back in range(gram):
             earlier = F.pad(ids, (back, 0), value=-1)[:, : ids.shape[1]]
-            hashed = (hashed + (earlier + 1) * self.salt[gram - 2, back]) % HASH_PRIME
+            hashed = (hashed + (earlier + 1) * self.salt[hash_, gram - 2, back]) % HASH_PRIME
         return hashed % self._buckets
 
     def _convolved(self, side: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """What does it cost to send 64 times fewer bytes across a boundary?
 
 ratio: bytes per token, boundary and direction of the uncompressed fp32 stream over the candidate's, scales included.
+ratio_in_frames: the same over all that crosses, headers and token ids included, as a league's processes hand it to the
+socket (for the candidate; the uncompressed side is its bare 4 d bytes).
 gap_<corpus>_<tokens>: (candidate's held-out loss / its uncompressed twin's) - 1, the mean over seeds; the twin has the
 same local tables, as many trained parameters and the same tokens in the same order, and its own tuned rates.
 seeds: how many seeds the thinnest of those means has.
@@ -27,6 +29,7 @@ from typing import Any
 
 from bench.compression_sweep import plan
 from bench.compression_sweep.corpora import CORPORA, open_corpus
+from bench.compression_sweep.crossing import bytes_crossed
 from bench.compression_sweep.page import picture, text
 from bench.compression_sweep.plan import Job, bytes_of
 from bench.compression_sweep.rows import Row, Rows, gaps
@@ -88,7 +91,8 @@ def figures(rows: Rows) -> Iterator[Figure]:
     tokens = plan.BATCH * plan.CANDIDATE.model.context
     spent = bytes_of(plan.CANDIDATE, tokens)
     yield Figure("bytes_per_token", spent)
-    yield Figure("ratio", bytes_of(plan.TWIN, tokens) / spent, at_least=64)
+    yield Figure("ratio", round(bytes_of(plan.TWIN, tokens) / spent, 1), at_least=64)
+    yield from _in_frames()
     found = gaps(rows, plan.CANDIDATE.digest(plan.BATCH), plan.TWIN.digest(plan.BATCH))
     for gap in found:
         place = f"{gap.corpus}_{gap.steps * tokens / 1e6:.2f}M"
@@ -98,11 +102,18 @@ def figures(rows: Rows) -> Iterator[Figure]:
     yield Figure("seeds", min((len(gap.shares) for gap in found), default=0), at_least=3)
 
 
+def _in_frames() -> Iterator[Figure]:
+    crossed = bytes_crossed(plan.CANDIDATE.model, plan.BATCH)
+    yield Figure("bytes_in_frames", round(crossed, 2))
+    yield Figure("ratio_in_frames", round(bytes_of(plan.TWIN, 1) / crossed, 1), at_least=64)
+
+
 def quick() -> Iterator[Figure]:
     """One point, too early in training for the target to mean anything: every part moves."""
     candidate, twin, other = (next(measured(job)) for job in plan.quick())
     yield Figure("bytes_per_token", candidate.bytes)
-    yield Figure("ratio", twin.bytes / candidate.bytes, at_least=64)
+    yield Figure("ratio", round(twin.bytes / candidate.bytes, 1), at_least=64)
+    yield from _in_frames()
     yield Figure(f"gap_code_{twin.tokens / 1e6:.2f}M", round(candidate.loss / twin.loss - 1, 5))
     yield Figure(f"{other.variant}_bytes_per_token", other.bytes)
     yield Figure(f"{other.variant}_gap", round(other.loss / twin.loss - 1, 5))

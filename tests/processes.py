@@ -117,7 +117,7 @@ def kill_all(process: subprocess.Popen[str]) -> list[psutil.Process]:
     for member in members:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    gone, alive = psutil.wait_procs(members, timeout=60)
+    _, alive = psutil.wait_procs(members, timeout=60)
     assert not alive
     process.communicate()
     return members

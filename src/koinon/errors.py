@@ -45,6 +45,13 @@ The CLI, the page and the log print `str(error)`; nothing else about an error is
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+"""What the system answers when a disk, a file or a quota is full."""
+
 
 class KoinonError(Exception):
     """Base of all errors that Koinon raises on purpose."""
@@ -255,6 +262,19 @@ class NothingToResume(StateError):
 
 class DiskFull(StateError):
     """A write failed for lack of room; what was committed before is intact."""
+
+
+@contextmanager
+def room(path: object) -> Iterator[None]:
+    """Turn "no space" from the system into DiskFull, which says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(
+                f"No room to write {path}: free some space and start again; what is whole is kept."
+            ) from error
+        raise
 
 
 class NumericsError(KoinonError):

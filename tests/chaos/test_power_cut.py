@@ -1,4 +1,4 @@
-"""Everything is killed with kill -9 at once, as when the power goes; `koinon run --resume` goes on as if nothing had been.
+"""Everything is killed with kill -9 at once, as when the power goes; a resumed run goes on as if nothing had been.
 
 Real processes, real files. The same at every moment of a run, over the twin, is in tests/nodes/test_resume.py.
 """

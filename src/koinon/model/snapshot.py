@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
-from koinon.errors import DiskFull, SnapshotCorrupt
+from koinon.errors import NO_ROOM, DiskFull, SnapshotCorrupt
 
 
 def root(weights: Mapping[str, Tensor]) -> str:
@@ -40,7 +39,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise DiskFull(f"No room to write {path} ({len(data):,} bytes): free some, then go on.") from error
         raise
     _flush_folder(path.parent)

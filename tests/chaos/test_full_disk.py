@@ -138,3 +138,16 @@ def test_a_disk_that_is_full_from_the_beginning_is_told_at_once(tmp_path: Path, 
     assert status == 1
     assert_one_sentence(error)
     assert not RunDir(tiny_disk).log.exists()
+
+
+def test_workers_that_find_no_room_when_they_begin_say_so(
+    tmp_path: Path, tiny_disk: Path, undisturbed: dict[int, float]
+) -> None:
+    ballast = fill(tiny_disk, leave=360 * 1024)  # enough for the data, and not for a snapshot of each stage
+    status, _, error = finish(start_run(tmp_path, spec_of(1)))
+    assert status == 1
+    assert_one_sentence(error)
+    assert ".safetensors" in error
+    ballast.unlink()
+    complete(resume(tmp_path))
+    assert_whole(tmp_path, undisturbed)

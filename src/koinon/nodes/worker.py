@@ -157,6 +157,10 @@ class Worker:
                 beats.cancel()
                 await asyncio.sleep(0.1)
                 continue
+            except DiskFull as error:  # its own text log may have no room to say so
+                await self._tell_broken(welcome.member, welcome.stage, error)
+                beats.cancel()
+                raise
             except BaseException:
                 beats.cancel()
                 raise
@@ -531,7 +535,10 @@ class Worker:
         """Something that no retry can mend: the coordinator ends the run, whole and resumable."""
         assert self._bench
         log.error("%s", error)
-        message = m.Broken(self._bench.member, f"Stage {self._bench.stage}: {error}")
+        await self._tell_broken(self._bench.member, self._bench.stage, error)
+
+    async def _tell_broken(self, member: int, stage: int, error: KoinonError) -> None:
+        message = m.Broken(member, f"Stage {stage}: {error}")
         await insist(self._transport, self._coordinator, m.CTL, message)
 
     def _telemetry_now(self) -> m.Telemetry:

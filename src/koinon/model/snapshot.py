@@ -16,7 +16,6 @@ from torch import Tensor
 
 from koinon.errors import NO_ROOM, DiskFull, SnapshotCorrupt
 
-
 _DIGEST = "sha256"
 
 

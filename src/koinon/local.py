@@ -15,6 +15,7 @@ Knows nothing of terminals.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import signal
 import threading
@@ -189,6 +190,10 @@ class League:
 
     def _on_ended(self, number: int, status: int) -> None:
         """A worker's process has ended: say so at once, and put a fresh one into its seat."""
+        with contextlib.suppress(StateError):  # the coordinator keeps it in `failure`, and ends the run with it
+            self._replace(number, status)
+
+    def _replace(self, number: int, status: int) -> None:
         if self._closing or self._control is None or self.state.phase in (Phase.STOPPED, Phase.FAILED):
             return
         seat = self._seats[number]
@@ -215,7 +220,8 @@ class League:
             reason = (
                 "The process that starts the workers has ended; its own error is printed above. Mend it, then resume."
             )
-            self._control.coordinator.write(ev.RunFailed(reason))
+            with contextlib.suppress(StateError):
+                self._control.coordinator.write(ev.RunFailed(reason))
 
     async def _respawn(self, seat: Seat) -> None:
         await asyncio.sleep(0.1 * 2**seat.crashes if seat.crashes else 0.0)
@@ -362,6 +368,7 @@ class LocalSwarm:
         """Every event of the run's log from its first, as it happens; ends when training has ended."""
         while (event := self._events.get()) is not None:
             yield event
+        self._events.put(None)  # whoever asks again is told the same
 
     def train(self) -> RunState:
         """Wait until training has ended. Raises StateError with the run's sentence if it failed."""

@@ -86,6 +86,7 @@ def test_leaving_early_stops_the_run_which_is_resumed_in_the_same_program(
     assert swarm.state.reason == "the caller closed it"
     with LocalSwarm(None, tmp_path, resume=True) as again:
         later = list(again.events())
+        assert again.train().phase is Phase.COMPLETE, "nobody waits for events that have all been read"
         assert later[: len(seen)] == seen, "every event of the log from its first"
         assert losses(later) == pytest.approx(undisturbed, abs=1e-4)
         text = again.sample("def ", tokens=5, seed=3)

@@ -282,7 +282,13 @@ class NumericsError(KoinonError):
 
 
 class NonFiniteLoss(NumericsError):
-    """The loss or a gradient is NaN or infinite."""
+    """The loss or a gradient is NaN or infinite. `what` is one sentence; what to do follows it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} Start a new run with a lower `muon_lr` and `adamw_lr`. The last committed step is intact, but to "
+            "resume from it helps only if a machine has erred: a run's spec cannot change."
+        )
 
 
 class TransportUnusable(KoinonError):

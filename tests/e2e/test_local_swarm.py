@@ -103,9 +103,15 @@ class Mishap(Exception):
 def test_an_exception_inside_the_block_comes_out_and_the_run_says_what_ended_it(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), LocalSwarm(spec_of(1), tmp_path) as swarm:
-        next(iter(swarm.events()))
-        raise error
+    swarm = LocalSwarm(spec_of(1), tmp_path)
+
+    def fail_inside() -> None:
+        with swarm:
+            next(iter(swarm.events()))
+            raise error
+
+    with pytest.raises(error):
+        fail_inside()
     assert swarm.state.phase is Phase.STOPPED
     assert swarm.state.reason == f"the caller ended with {error.__name__}"
 
@@ -177,13 +183,18 @@ def test_a_worker_that_dies_when_the_log_has_no_room_lets_go_of_the_run(
 ) -> None:
     """Its end cannot be written down any more; the error comes out once, and the same program can go on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with pytest.raises(DiskFull, match="then resume"), LocalSwarm(spec_of(1), tmp_path) as swarm:
+
+    def lose_a_worker_and_all_room() -> None:
+        with LocalSwarm(spec_of(1), tmp_path) as swarm:
             for event in swarm.events():
                 if isinstance(event, ev.StepMeasured) and event.step == 2:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (RunDir(tmp_path).log.stat().st_size, hard))
                     swarm.kill(0, 0)
             swarm.train()
+
+    try:
+        with pytest.raises(DiskFull, match="then resume"):
+            lose_a_worker_and_all_room()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with LocalSwarm(None, tmp_path, resume=True) as again:

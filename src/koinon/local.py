@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from koinon.data.tokenizer import END
-from koinon.errors import KoinonError, StateError
+from koinon.errors import KoinonError, StateError, UserError
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr
 from koinon.nodes.control import Control, OpenRun, Progress, create, reopen, resume_point, stage_secret
@@ -130,9 +130,9 @@ class League:
     # --- life
 
     async def __aenter__(self) -> Self:
-        for host in self._hosts.values():
-            await host.start()  # torch loads while the data is prepared
         try:
+            for host in self._hosts.values():
+                await host.start()  # torch loads while the data is prepared
             self._run = await asyncio.to_thread(self._open)
             await self._begin(self._run)
         except BaseException:
@@ -263,10 +263,15 @@ class League:
     async def sample(
         self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0
     ) -> AsyncIterator[str]:
-        """Text after `prompt`, piece by piece, each token through all stages; ends early where a document would."""
+        """Text after `prompt`, piece by piece, each token through all stages; ends early where a document would.
+
+        Raises UserError for an empty prompt.
+        """
         run, trainer = self._opened(), self._controlled().trainer
         tokenizer = run.dataset.tokenizer
         ids = tokenizer.encode(prompt)
+        if not ids:
+            raise UserError("The prompt is empty: give a text to continue.")
         stream = tokenizer.stream()
         for count in range(tokens):
             token = await trainer.sample(ids, temperature=temperature, seed=seed * 1_000_003 + count)

@@ -30,8 +30,6 @@ from tests.processes import (
     wait_for_step,
 )
 
-BALLAST = 4096
-
 
 def limit(member: psutil.Process, size: int) -> None:
     """No file of that process grows beyond `size` any more."""
@@ -114,6 +112,7 @@ def fill(folder: Path, leave: int = 0) -> Path:
     return ballast
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_everybody_ends_the_run_with_a_sentence_and_it_resumes(
     tmp_path: Path, tiny_disk: Path, undisturbed: dict[int, float]
 ) -> None:
@@ -131,9 +130,8 @@ def test_a_disk_that_is_full_for_everybody_ends_the_run_with_a_sentence_and_it_r
     assert_whole(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("leave", [0, 64 * 1024], ids=["nothing", "64 KiB"])
-def test_a_disk_that_is_full_from_the_beginning_is_told_at_once(tmp_path: Path, tiny_disk: Path, leave: int) -> None:
-    fill(tiny_disk, leave)
+def test_a_disk_that_is_full_from_the_beginning_is_told_at_once(tmp_path: Path, tiny_disk: Path) -> None:
+    fill(tiny_disk)
     status, _, error = finish(start_run(tmp_path, spec_of(1)))
     assert status == 1
     assert_one_sentence(error)

@@ -32,6 +32,7 @@ def resumes(folder: Path) -> list[int]:
     return [event.step for event in events(folder) if isinstance(event, ev.RunResumed)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_league_that_is_killed_whole_goes_on_from_its_last_committed_step(
     tmp_path: Path, undisturbed: dict[int, float], replicas: int

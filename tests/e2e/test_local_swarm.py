@@ -28,6 +28,7 @@ from koinon.errors import (
     StagesDoNotDivide,
     StateError,
     UnknownKey,
+    UserError,
 )
 from koinon.nodes.rundir import RunDir
 from koinon.run import events as ev
@@ -91,6 +92,8 @@ def test_leaving_early_stops_the_run_which_is_resumed_in_the_same_program(
         assert losses(later) == pytest.approx(undisturbed, abs=1e-4)
         text = again.sample("def ", tokens=5, seed=3)
         assert text == again.sample("def ", tokens=5, seed=3), "equal seeds give equal texts"
+        with pytest.raises(UserError, match="prompt is empty"):
+            again.sample("")
         assert text == "".join(again.stream("def ", tokens=5, seed=3))
     assert again.state.phase is Phase.COMPLETE
 
@@ -99,7 +102,7 @@ class Mishap(Exception):
     """Something of the caller's own."""
 
 
-@pytest.mark.parametrize("error", [Mishap, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [Mishap, KeyboardInterrupt])
 def test_an_exception_inside_the_block_comes_out_and_the_run_says_what_ended_it(
     tmp_path: Path, error: type[BaseException]
 ) -> None:

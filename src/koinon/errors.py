@@ -45,6 +45,13 @@ The CLI, the page and the log print `str(error)`; nothing else about an error is
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+"""What the system answers when a disk, a file or a quota is full."""
+
 
 class KoinonError(Exception):
     """Base of all errors that Koinon raises on purpose."""
@@ -257,12 +264,31 @@ class DiskFull(StateError):
     """A write failed for lack of room; what was committed before is intact."""
 
 
+@contextmanager
+def room(path: object) -> Iterator[None]:
+    """Turn "no space" from the system into DiskFull, which says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(
+                f"No room to write {path}: free some space and start again; what is whole is kept."
+            ) from error
+        raise
+
+
 class NumericsError(KoinonError):
     """The arithmetic left the numbers."""
 
 
 class NonFiniteLoss(NumericsError):
-    """The loss or a gradient is NaN or infinite."""
+    """The loss or a gradient is NaN or infinite. `what` is one sentence; what to do follows it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} Start a new run with a lower `muon_lr` and `adamw_lr`. The last committed step is intact, but to "
+            "resume from it helps only if a machine has erred: a run's spec cannot change."
+        )
 
 
 class TransportUnusable(KoinonError):

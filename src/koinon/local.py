@@ -15,6 +15,7 @@ Knows nothing of terminals.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import signal
 import threading
@@ -25,7 +26,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from koinon.data.tokenizer import END
-from koinon.errors import KoinonError, StateError
+from koinon.errors import KoinonError, StateError, UserError
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr
 from koinon.nodes.control import Control, OpenRun, Progress, create, reopen, resume_point, stage_secret
@@ -41,6 +42,8 @@ from koinon.run.state import Phase, RunState, SeatStatus
 from koinon.units import PeerId
 
 T = TypeVar("T")
+_Kind = tuple[tuple[str, str], ...]
+"""Environment variables of a process, beside ours."""
 CRASHES_ALLOWED = 5
 """Times in a row that a seat's process may end without having been ready, before the run fails."""
 
@@ -80,8 +83,10 @@ class League:
         port: int = 0,
         progress: Progress = _quiet,
         faults: Mapping[tuple[int, int], tuple[tuple[str, int], ...]] | None = None,
+        environments: Mapping[tuple[int, int], Mapping[str, str]] | None = None,
     ) -> None:
-        """faults: (stage, seat) -> points and steps at which that seat's first process kills itself, for tests."""
+        """faults: (stage, seat) -> points and steps at which that seat's first process kills itself, for tests.
+        environments: (stage, seat) -> variables for that seat's processes, which torch may read as it is loaded."""
         self._faults = dict(faults or {})
         self.directory = RunDir(Path(directory))
         self._given, self._resumes, self._trains, self._replicas = spec, resume, trains, replicas
@@ -89,7 +94,11 @@ class League:
         self._listeners: list[Callable[[ev.Event, RunState], None]] = []
         self._seats: dict[int, Seat] = {}
         self._respawns: set[asyncio.Task[None]] = set()
-        self._host = Host(self._on_ended, self._on_host_died)
+        # What is forked has its zygote's environment: a seat that wants another has another zygote.
+        self._hosts: dict[_Kind, Host] = {(): Host(self._on_ended, self._on_host_died)}
+        self._kinds = {place: tuple(sorted(kind.items())) for place, kind in (environments or {}).items()}
+        for kind in set(self._kinds.values()) - set(self._hosts):
+            self._hosts[kind] = Host(self._on_ended, self._on_host_died, dict(kind))
         self._address: NodeAddr | None = None
         self._closing = False
         self._run: OpenRun | None = None
@@ -121,8 +130,9 @@ class League:
     # --- life
 
     async def __aenter__(self) -> Self:
-        await self._host.start()  # torch loads while the data is prepared
         try:
+            for host in self._hosts.values():
+                await host.start()  # torch loads while the data is prepared
             self._run = await asyncio.to_thread(self._open)
             await self._begin(self._run)
         except BaseException:
@@ -173,10 +183,17 @@ class League:
             secret=stage_secret(self.spec, seat.stage).hex(),
             faults=self._faults.pop((seat.stage, seat.seat), ()),
         )
-        self._host.spawn(seat.number, options)
+        self._host_of(seat).spawn(seat.number, options)
+
+    def _host_of(self, seat: Seat) -> Host:
+        return self._hosts[self._kinds.get((seat.stage, seat.seat), ())]
 
     def _on_ended(self, number: int, status: int) -> None:
         """A worker's process has ended: say so at once, and put a fresh one into its seat."""
+        with contextlib.suppress(StateError):  # the coordinator keeps it in `failure`, and ends the run with it
+            self._replace(number, status)
+
+    def _replace(self, number: int, status: int) -> None:
         if self._closing or self._control is None or self.state.phase in (Phase.STOPPED, Phase.FAILED):
             return
         seat = self._seats[number]
@@ -203,7 +220,8 @@ class League:
             reason = (
                 "The process that starts the workers has ended; its own error is printed above. Mend it, then resume."
             )
-            self._control.coordinator.write(ev.RunFailed(reason))
+            with contextlib.suppress(StateError):
+                self._control.coordinator.write(ev.RunFailed(reason))
 
     async def _respawn(self, seat: Seat) -> None:
         await asyncio.sleep(0.1 * 2**seat.crashes if seat.crashes else 0.0)
@@ -228,7 +246,8 @@ class League:
             if self._control is not None:
                 await self._control.drain(reason)
         finally:
-            await self._host.close()  # workers say goodbye to a coordinator that still listens
+            for host in self._hosts.values():
+                await host.close()  # workers say goodbye to a coordinator that still listens
             if self._control is not None:
                 await self._control.close()
             elif self._run is not None:
@@ -239,15 +258,20 @@ class League:
     def kill(self, stage: int, seat: int, how: signal.Signals = signal.SIGKILL) -> bool:
         """Send the worker in that seat a signal. It is replaced; the run goes on."""
         found = next((s for s in self._seats.values() if (s.stage, s.seat) == (stage, seat)), None)
-        return found is not None and self._host.kill(found.number, how)
+        return found is not None and self._host_of(found).kill(found.number, how)
 
     async def sample(
         self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0
     ) -> AsyncIterator[str]:
-        """Text after `prompt`, piece by piece, each token through all stages; ends early where a document would."""
+        """Text after `prompt`, piece by piece, each token through all stages; ends early where a document would.
+
+        Raises UserError for an empty prompt.
+        """
         run, trainer = self._opened(), self._controlled().trainer
         tokenizer = run.dataset.tokenizer
         ids = tokenizer.encode(prompt)
+        if not ids:
+            raise UserError("The prompt is empty: give a text to continue.")
         stream = tokenizer.stream()
         for count in range(tokens):
             token = await trainer.sample(ids, temperature=temperature, seed=seed * 1_000_003 + count)
@@ -298,9 +322,17 @@ class LocalSwarm:
         replicas: int | None = None,
         progress: Progress = _quiet,
         faults: Mapping[tuple[int, int], tuple[tuple[str, int], ...]] | None = None,
+        environments: Mapping[tuple[int, int], Mapping[str, str]] | None = None,
     ) -> None:
         self._league = League(
-            spec, directory, resume=resume, trains=trains, replicas=replicas, progress=progress, faults=faults
+            spec,
+            directory,
+            resume=resume,
+            trains=trains,
+            replicas=replicas,
+            progress=progress,
+            faults=faults,
+            environments=environments,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="koinon", daemon=True)
@@ -341,6 +373,7 @@ class LocalSwarm:
         """Every event of the run's log from its first, as it happens; ends when training has ended."""
         while (event := self._events.get()) is not None:
             yield event
+        self._events.put(None)  # whoever asks again is told the same
 
     def train(self) -> RunState:
         """Wait until training has ended. Raises StateError with the run's sentence if it failed."""

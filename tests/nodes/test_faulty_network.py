@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from koinon.net.clock import run_virtual
 from koinon.net.hub import Faults
 from koinon.nodes.worker import Worker
 from koinon.units import PeerId, Seconds
@@ -44,6 +45,88 @@ def test_the_losses_are_those_of_a_perfect_network(
     tmp_path: Path, undisturbed: dict[int, float], faults: Faults, replicas: int
 ) -> None:
     league = run_league(spec_of(replicas), tmp_path, make_compute=Paced, faults=faults)
+    assert_whole(league, undisturbed)
+    assert league.ended_at < BOUND
+
+
+HARSH = [
+    pytest.param(Faults(delay=Seconds(0.02), loss=0.10), id="10% lost"),
+    pytest.param(Faults(delay=Seconds(0.02), duplicate=0.3, late=0.3, jitter=Seconds(0.1)), id="doubled and late"),
+    pytest.param(Faults(delay=Seconds(0.02), corrupt=0.02), id="2% spoilt"),
+]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("faults", HARSH)
+def test_joins_and_a_resume_go_through_the_same_network(
+    tmp_path: Path, undisturbed: dict[int, float], faults: Faults, replicas: int
+) -> None:
+    """A process comes back and fetches what it lost; then everything vanishes, and all come back."""
+
+    async def go() -> None:
+        league = await Rehearsal(spec_of(replicas), tmp_path, make_compute=Paced, faults=faults).__aenter__()
+        await stepped(league, 1)
+        others = [seat for seat in league.state.ready(0) if seat.worker != league.workers[0, 0].transport.me]
+        await league.kill(0, 0)
+        for snapshot in league.directory.seat(0, 0).glob("*.safetensors") if others else ():
+            snapshot.unlink()  # it has to fetch
+        await league.start(0, 0)
+        await stepped(league, 2)
+        await league.vanish()
+
+    run_virtual(go())
+    league = run_league(spec_of(replicas), tmp_path, make_compute=Paced, faults=faults, resume=True)
+    assert_whole(league, undisturbed)
+    assert league.state.tally.resumes == 1
+    assert league.ended_at < BOUND
+
+
+async def stepped(league: Rehearsal, step: int) -> None:
+    """Until every stage has taken that many steps. Workers may end meanwhile: they are replaced."""
+    while league.state.step < step:
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("cut", ["one worker", "a whole stage", "the coordinator", "everybody"])
+@pytest.mark.parametrize("moment", [0.0, 0.05, 0.2])
+def test_a_partition_while_a_resumed_league_gathers_leaves_no_trace_in_the_losses(
+    tmp_path: Path, undisturbed: dict[int, float], cut: str, moment: float
+) -> None:
+    async def go() -> None:
+        league = await Rehearsal(spec_of(2), tmp_path, make_compute=Paced).__aenter__()
+        await league.until(lambda state: state.step == 2)
+        await league.vanish()
+
+    async def divide(league: Rehearsal) -> None:
+        await asyncio.sleep(moment)
+        league.hub.partition(*groups(league, cut))
+        await asyncio.sleep(10.0)
+        league.hub.heal()
+
+    run_virtual(go())
+    league = run_league(spec_of(2), tmp_path, divide, make_compute=Paced, resume=True)
+    assert_whole(league, undisturbed)
+    assert league.ended_at < 10.0 + BOUND
+
+
+@pytest.mark.parametrize("other", ["the coordinator", "the only one who has the state"])
+def test_a_partition_while_a_newcomer_fetches_leaves_no_trace_in_the_losses(
+    tmp_path: Path, undisturbed: dict[int, float], other: str
+) -> None:
+    async def come_back(league: Rehearsal) -> None:
+        await league.until(lambda state: state.step == 1)
+        await league.kill(0, 0)
+        for snapshot in league.directory.seat(0, 0).glob("*.safetensors"):
+            snapshot.unlink()
+        whom = league.address.peer if other == "the coordinator" else league.workers[0, 1].transport.me
+        await league.start(0, 0)
+        newcomer = league.workers[0, 0].transport.me
+        await league.until(lambda state: state.member_of(newcomer) is not None)
+        league.hub.partition([newcomer], [whom])
+        await asyncio.sleep(5.0)
+        league.hub.heal()
+
+    league = run_league(spec_of(2), tmp_path, come_back, make_compute=Paced)
     assert_whole(league, undisturbed)
     assert league.ended_at < BOUND
 

@@ -136,6 +136,6 @@ def test_a_gradient_that_is_no_number_stops_the_step_before_any_weight_changes()
     before = root(whole.stages[0].trained())
     ids, targets = tokens_of(SMALL)
     (whole.loss_sum(ids, targets) * torch.nan).backward()
-    with pytest.raises(NonFiniteLoss, match="lower the rates"):
+    with pytest.raises(NonFiniteLoss, match="Start a new run with a lower `muon_lr`"):
         optimizer.step(ids.numel())
     assert root(whole.stages[0].trained()) == before

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
-from koinon.errors import KoinonError, UserError
+from koinon.errors import NO_ROOM, KoinonError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,6 +183,8 @@ def run() -> None:
 
         leave_pipe()
     except OSError as error:
+        if error.errno in NO_ROOM:
+            _fail(f"No room to write {error.filename or 'to the disk'}: free some space, then start again.")
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}.")
     except KeyboardInterrupt:

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from koinon.errors import DiskFull
-
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-
-
-@contextmanager
-def room(path: Path) -> Iterator[None]:
-    """Turn "no space" from the system into DiskFull, which says where and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise DiskFull(
-                f"No room to write {path}: free some space and start again; what is whole is kept."
-            ) from error
-        raise
+from koinon.errors import room
 
 
 def beside(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
-from koinon.errors import DiskFull, SnapshotCorrupt
+from koinon.errors import NO_ROOM, DiskFull, SnapshotCorrupt
+
+_DIGEST = "sha256"
 
 
 def root(weights: Mapping[str, Tensor]) -> str:
@@ -33,14 +34,15 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
     Raises DiskFull, after which what was at `path` before is intact.
     """
-    data = serialised({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, dict(metadata))
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    data = serialised(whole, {**metadata, _DIGEST: _digest(whole, metadata)})
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         _write_through(draft, data)
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise DiskFull(f"No room to write {path} ({len(data):,} bytes): free some, then go on.") from error
         raise
     _flush_folder(path.parent)
@@ -49,13 +51,24 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that `save` wrote. Raises SnapshotCorrupt if it is damaged."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = dict(file.metadata() or {})
+    if said.pop(_DIGEST, None) != _digest(tensors, said):
+        raise SnapshotCorrupt(f"{path} is damaged (not what was written): fetch it again from another replica.")
+    return tensors, said
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What the file says of itself, without reading its tensors. Raises SnapshotCorrupt if it is damaged."""
+    """What the file says of itself, without reading its tensors, and so unchecked. Raises SnapshotCorrupt."""
     with _opened(path) as file:
-        return dict(file.metadata() or {})
+        said = dict(file.metadata() or {})
+    said.pop(_DIGEST, None)
+    return said
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all that a file holds: a run's log vouches for weights alone, not for momentum or what is frozen."""
+    return hashlib.sha256(f"{sorted(metadata.items())}\0{root(tensors)}".encode()).hexdigest()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from koinon.errors import KeyUnsafe
+from koinon.errors import KeyUnsafe, room
 from koinon.units import PeerId
 
 _SECRET_BYTES: Final = 32
@@ -37,13 +37,14 @@ class NodeKey:
 
     @classmethod
     def load_or_create(cls, path: Path) -> NodeKey:
-        """The key kept at `path`, made on first use with mode 0600. Raises KeyUnsafe when others may read it.
+        """The key kept at `path`, made on first use with mode 0600. Raises KeyUnsafe when others may read it, DiskFull.
 
         Two processes that start at once agree: whoever links its file first wins, the other reads it.
         """
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _create_once(path, secrets.token_bytes(_SECRET_BYTES).hex())
+            with room(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _create_once(path, secrets.token_bytes(_SECRET_BYTES).hex())
         return cls(_read_secret(path))
 
     def sign(self, domain: str, message: bytes) -> bytes:
@@ -85,11 +86,11 @@ def _framed(domain: str, message: bytes) -> bytes:
 def _create_once(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.link(draft, path)
     except FileExistsError:
         pass  # another process was first: its key is the key

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from koinon.data import Dataset, prepare
-from koinon.errors import DiskFull, NothingToResume, RunExists, StateError
+from koinon.errors import NothingToResume, RunExists, StateError, room
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr, Transport
 from koinon.nodes import messages as m
@@ -99,13 +98,11 @@ def _write(path: Path, text: str) -> None:
     """Wholly or not at all. Raises DiskFull."""
     draft = path.with_suffix(".draft")
     try:
-        draft.write_text(text)
-        draft.replace(path)
-    except OSError as error:
+        with room(path):
+            draft.write_text(text)
+            draft.replace(path)
+    finally:
         draft.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise DiskFull(f"No room to write {path}: free some, then start again.") from error
-        raise
 
 
 def reopen(directory: RunDir) -> OpenRun:

@@ -137,10 +137,7 @@ class Engine:
             cost = self.stage.loss_sum(tokens, leaf, torch.from_numpy(targets))
             value = cost.item()
             if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"The cost of an item of step {step} is {value}. Lower `muon_lr` and `adamw_lr`, then resume: "
-                    "the last committed step is intact."
-                )
+                raise NonFiniteLoss(f"The cost of an item of step {step} is {value}.")
             scaled = cost / step_tokens
             return value, self._run_backward(key, _Graph(leaf, scaled), scaled, None, fold=fold)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from koinon.errors import FrameMalformed, TokenOutOfRange
 from koinon.nodes.messages import Ids, Kind, Lease
 from koinon.run.events import Member
 
@@ -120,7 +121,16 @@ def packed_ids(tokens: NDArray[np.int32], vocab: int) -> tuple[Ids, bytes]:
     return Ids(sequences, length, width), tokens.astype(f"<u{width}").tobytes()
 
 
-def unpacked_ids(ids: Ids, body: bytes | bytearray | memoryview) -> NDArray[np.int64]:
-    """Inverse of `packed_ids`; shape (sequences, length)."""
-    flat = np.frombuffer(body, dtype=f"<u{ids.width}")
-    return flat.reshape(ids.sequences, ids.length).astype(np.int64)
+def unpacked_ids(ids: Ids, body: bytes | bytearray | memoryview, vocab: int, lengths: range) -> NDArray[np.int64]:
+    """Inverse of `packed_ids`; shape (sequences, length). `lengths`: those that the model can take.
+
+    Raises FrameMalformed, and TokenOutOfRange for an id that is not below `vocab`: a peer wrote them.
+    """
+    if ids.width not in (1, 2, 4) or ids.sequences < 1 or ids.length not in lengths or ids.nbytes != len(body):
+        raise FrameMalformed(
+            f"{ids.sequences} rows of {ids.length} ids of {ids.width} bytes, {len(body)} in all, are no item here."
+        )
+    unpacked = np.frombuffer(body, dtype=f"<u{ids.width}").reshape(ids.sequences, ids.length).astype(np.int64)
+    if (largest := int(unpacked.max())) >= vocab:
+        raise TokenOutOfRange(f"Token {largest} is not in the vocabulary of {vocab}: the sender uses other data.")
+    return unpacked

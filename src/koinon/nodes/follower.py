@@ -7,9 +7,11 @@ Every role on every machine has one. Records are verified (chain and signature) 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import deque
 from collections.abc import Callable
 
-from koinon.errors import LogGap, PeerError, Refused
+from koinon.errors import LogGap, PeerError, Refused, TwoHeads
 from koinon.net.transport import Answer, NodeAddr, Transport
 from koinon.nodes import messages as m
 from koinon.nodes.switchboard import Switchboard
@@ -18,6 +20,8 @@ from koinon.run.record import Follower, decode_record
 from koinon.run.state import RunState, apply
 from koinon.units import PeerId, RunId
 
+log = logging.getLogger(__name__)
+EVIDENCE_KEPT = 16
 Listener = Callable[[ev.Event, RunState], None]
 
 
@@ -28,6 +32,8 @@ class RunFollower:
         self.state = RunState()
         self._transport, self._coordinator = transport, coordinator
         self._follower = Follower(run, coordinator)
+        self.evidence: deque[object] = deque(maxlen=EVIDENCE_KEPT)
+        """Pairs of records that convict the coordinator of two heads. None of it was folded."""
         self._listeners: list[Listener] = []
         board.on(m.Records, self._records, lambda _peer, _message: 0)
 
@@ -50,6 +56,10 @@ class RunFollower:
             twins = self._follower.accept_all(records)
         except LogGap:
             return m.Ack(self.next_seq)  # from here on, please
+        except TwoHeads as caught:  # the answer goes to the culprit: whoever runs this node has to hear of it too
+            log.error("%s", caught)  # noqa: TRY400 - the sentence is the message
+            self.evidence.append(caught.evidence)
+            raise
         for record in records[twins:]:
             self._take(ev.decode(record.event))
         return m.Ack(self.next_seq)

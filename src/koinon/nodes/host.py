@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -24,9 +24,10 @@ Ended = Callable[[int, int], None]
 class Host:
     """A zygote and its workers. `ended(number, status)` is called for each worker that ends; negative: a signal."""
 
-    def __init__(self, ended: Ended, died: Callable[[], None]) -> None:
-        """died: called if the zygote itself ends before it is told to."""
+    def __init__(self, ended: Ended, died: Callable[[], None], environment: Mapping[str, str] | None = None) -> None:
+        """died: called if the zygote itself ends before it is told to. environment: variables beside our own."""
         self._died, self._closing = died, False
+        self._environment = dict(environment or {})
         self.pids: dict[int, int] = {}
         self._ended = ended
         self._zygote: asyncio.subprocess.Process | None = None
@@ -35,7 +36,7 @@ class Host:
 
     async def start(self) -> None:
         """Begin loading; `spawn` may be called at once."""
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, **self._environment}
         self._zygote = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

@@ -44,6 +44,7 @@ def main(options: dict[str, Any]) -> int:
     parsed = msgspec.convert(options, WorkerOptions)
     directory = Path(parsed.directory)
     directory.mkdir(parents=True, exist_ok=True)
+    logging.raiseExceptions = False  # a full disk takes no lines; that is no reason to write tracebacks to a terminal
     logging.basicConfig(
         filename=directory / "worker.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )

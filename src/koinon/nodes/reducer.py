@@ -206,10 +206,7 @@ class Reducer:
         except FrameMalformed as error:
             culprit = contributors[int(str(error).split()[1])]
             if contributors == [self._member]:
-                raise NonFiniteLoss(
-                    f"The gradient of step {reduce.step} is not finite. Lower `muon_lr` and `adamw_lr`, then resume: "
-                    "the last committed step is intact."
-                ) from error
+                raise NonFiniteLoss(f"The gradient of step {reduce.step} is not finite.") from error
             await self._complain(reduce, culprit, str(error))
             raise
 

@@ -14,7 +14,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from koinon.errors import DiskFull, KoinonError, NothingToResume, NumericsError, PeerError, Refused
+from koinon.errors import DiskFull, FrameMalformed, KoinonError, NothingToResume, NumericsError, PeerError, Refused
+from koinon.model.codec import nbytes
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
@@ -41,6 +42,11 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 FAREWELL = Seconds(1.0)
 FINISHED_LINGER = Seconds(0.05)
+
+
+def _predicts(lease: m.Lease) -> int:
+    """1 where the ids of an item are followed by the last one's target."""
+    return int(lease.kind is not Kind.SAMPLE)
 
 
 class Worker:
@@ -157,6 +163,10 @@ class Worker:
                 beats.cancel()
                 await asyncio.sleep(0.1)
                 continue
+            except DiskFull as error:  # its own text log may have no room to say so
+                await self._tell_broken(welcome.member, welcome.stage, error)
+                beats.cancel()
+                raise
             except BaseException:
                 beats.cancel()
                 raise
@@ -300,6 +310,7 @@ class Worker:
         self._check_lease(message.lease)
         self._check_neighbour(peer, self._bench.stage - 1)
         cut = message.nbytes - message.ids.nbytes
+        self._check_coefficients(message.ids.sequences * (message.ids.length - _predicts(message.lease)), cut)
         item = self._take(message.lease, message.ids, memoryview(body)[cut:])
         if item.entered is not None:
             return DONE
@@ -315,6 +326,7 @@ class Worker:
             return Drop(reason="no such item here (any more)")
         if item.gradient is not None:
             return DONE
+        self._check_coefficients(item.ids[:, 1:].size, len(body))
         item.gradient = bytes(body)
         self._poke()
         return None
@@ -342,13 +354,22 @@ class Worker:
             raise Refused(f"Only a member of stage {stage} sends that here.")
 
     def _take(self, lease: m.Lease, ids: m.Ids, body: memoryview) -> Item:
-        assert self._bench
+        assert self._bench and self._engine
+        known, one_more = self._bench.items.get(lease.key), _predicts(lease)
+        if known is not None and known.ids is not None:
+            return self._bench.lease(lease)
+        lengths = range(1 + one_more, self._engine.config.context + one_more + 1)
+        unpacked = unpacked_ids(ids, body, self._vocab(), lengths)  # before anything is noted: it may be no item
         item = self._bench.lease(lease)
-        if item.ids is None:
-            if ids.nbytes != len(body):
-                raise Refused("The ids are not as many as the header says.")
-            item.ids = unpacked_ids(ids, body)
+        item.ids = unpacked
         return item
+
+    def _check_coefficients(self, tokens: int, size: int) -> None:
+        """Raises FrameMalformed if `size` bytes are not the coefficients of so many tokens."""
+        assert self._engine
+        config = self._engine.config
+        if tokens < 1 or size != nbytes(config.codec, tokens, config.boundary_width):
+            raise FrameMalformed(f"{size} bytes are not the coefficients of {tokens} tokens in {config.codec}.")
 
     def _poke(self) -> None:
         self._work.set()
@@ -531,7 +552,10 @@ class Worker:
         """Something that no retry can mend: the coordinator ends the run, whole and resumable."""
         assert self._bench
         log.error("%s", error)
-        message = m.Broken(self._bench.member, f"Stage {self._bench.stage}: {error}")
+        await self._tell_broken(self._bench.member, self._bench.stage, error)
+
+    async def _tell_broken(self, member: int, stage: int, error: KoinonError) -> None:
+        message = m.Broken(member, f"Stage {stage}: {error}")
         await insist(self._transport, self._coordinator, m.CTL, message)
 
     def _telemetry_now(self) -> m.Telemetry:

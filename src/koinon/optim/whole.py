@@ -39,7 +39,7 @@ class WholeOptimizer:
         }
         norm = math.sqrt(sum(map(square_norm, gradients.values())))
         if not math.isfinite(norm):
-            raise NonFiniteLoss(f"Stage {stage.index}'s gradient is not finite at step {self.done}: lower the rates.")
+            raise NonFiniteLoss(f"Stage {stage.index}'s gradient is not finite at step {self.done}.")
         scale = clip_scale(norm, self.config.clip, stage.config.stages)
         for name, gradient in gradients.items():
             weight = weights[name]

@@ -5,7 +5,6 @@ Knows where each record begins; knows nothing of hashes, keys or events.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from array import array
@@ -16,10 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Self
 
-from koinon.errors import DiskFull, LogInUse, NotARun, RunExists, StateError
+from koinon.errors import NO_ROOM, DiskFull, LogInUse, NotARun, RunExists, StateError
 from koinon.run.storage import MAGIC, Fault, Frame, frame_at
-
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +150,7 @@ class LogFile:
             self._broken = f"{self.path}: a half-written record could not be cut ({error.strerror}). Open it again."
 
     def _error(self, error: OSError) -> StateError:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             return DiskFull(
                 f"There is no room for the run log {self.path} ({error.strerror}); the {len(self.starts)} records in "
                 f"it are intact. Free some space there, then resume the run."

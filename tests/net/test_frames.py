@@ -85,12 +85,13 @@ def test_frames_survive_any_cutting(frames: list[tuple[Any, bytes]], data: st.Da
     assert reader.held == 0
 
 
-def test_whatever_comes_only_frame_errors_come_out() -> None:
-    """100,000 inputs: noise, noise behind a plausible length, and valid frames with damage."""
-    random = Random(7)
+@settings(max_examples=1000, deadline=None)
+@given(seed=st.integers(0, 2**64 - 1))
+def test_whatever_comes_only_frame_errors_come_out(seed: int) -> None:
+    """100,000 inputs, 100 of each example's seed: noise, noise behind a plausible length, valid frames with damage."""
+    random, refused = Random(seed), 0
     valid = [b"".join(bytes(p) for p in WIRE.encode(header, bytes(body_size(header)))) for header in VALID]
-    refused = 0
-    for number in range(100_000):
+    for number in range(100):
         match number % 3:
             case 0:
                 data = random.randbytes(random.randrange(60))
@@ -105,7 +106,7 @@ def test_whatever_comes_only_frame_errors_come_out() -> None:
             refused += 1
         else:
             assert reader.held <= len(data) + LIMIT
-    assert refused > 50_000
+    assert refused > 25
 
 
 def damaged(random: Random, frame: bytes) -> bytes:

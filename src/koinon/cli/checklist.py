@@ -38,7 +38,7 @@ class Checklist:
         self._console.print(line(finding, signs=self._console.is_terminal))
         if finding.remedy:
             self._console.print(
-                Text(f"  {'':{HOP}}  {finding.remedy}" if self._console.is_terminal else f"      {finding.remedy}")
+                Text(f"  {'':{HOP}}  {finding.remedy}" if self._console.is_terminal else f"       {finding.remedy}")
             )
 
     def progress(self, share: float) -> None:
@@ -61,7 +61,7 @@ class Checklist:
 def line(finding: Finding, *, signs: bool) -> Text:
     """A finding in one line."""
     if not signs:
-        return Text(f"{WORDS[finding.verdict]:6}{finding.hop}: {finding.found}")
+        return Text(f"{WORDS[finding.verdict]:7}{finding.hop}: {finding.found}")
     sign, style = SIGNS[finding.verdict]
     return Text.assemble(
         (sign, style),

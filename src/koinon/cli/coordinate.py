@@ -18,11 +18,12 @@ from koinon.cli.doctor import check_address
 from koinon.cli.screens import Screen, screen_for
 from koinon.cli.sources import Order
 from koinon.cli.stopping import Stopped, Stopping
-from koinon.cli.training import TICK, drained, how_it_ended, is_complete, stopping, watched
+from koinon.cli.training import TICK, drained, how_it_ended, is_complete, stopping
 from koinon.errors import Contradiction
 from koinon.local import League
 from koinon.net.invitation import Invitation, day, invite
 from koinon.net.transport import NodeAddr
+from koinon.nodes.control import Progress
 from koinon.run.state import SeatStatus
 from koinon.units import PeerId, RunId, Seconds
 
@@ -77,7 +78,7 @@ async def _lead(order: Order, hosting: Hosting, screen: Screen, stop: Stopping, 
         host=host,
         advertise=hosting.advertise,
         workers=hosting.local_workers,
-        progress=watched(screen, stop),
+        progress=_preparing(console, stop),
     )
     league.listen(screen.hear)
     async with drained(league):
@@ -91,6 +92,20 @@ async def _lead(order: Order, hosting: Hosting, screen: Screen, stop: Stopping, 
                 await _farewell(league)
             finally:
                 watching.cancel()
+
+
+def _preparing(console: Console, stop: Stopping) -> Progress:
+    """Says what is done with the data, in lines: the live view comes after the invitation."""
+    told = ""
+
+    def progress(what: str, _done: int, _total: int) -> None:
+        nonlocal told
+        stop.check()
+        if what != told:
+            told = what
+            console.print(f"Preparing the data: {what}.")
+
+    return progress
 
 
 class Invitations:

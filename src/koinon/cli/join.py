@@ -23,7 +23,7 @@ from koinon.nodes.doctor import Examination, Way
 from koinon.nodes.findings import Verdict
 from koinon.nodes.process import WorkerOptions
 from koinon.nodes.report import Report
-from koinon.nodes.tenancy import Ended, Tenancy, Tenant
+from koinon.nodes.tenancy import Ended, Tenancy, Tenant, freed
 from koinon.run.state import Phase
 from koinon.units import Seconds
 
@@ -97,7 +97,7 @@ class _Joining:
         """Raises MachineUnfit with the first check that fails."""
         with Checklist(self._console) as shown:
             examination = Examination(self._wish.text, self._way, shown.progress)
-            async for finding in examination.walk():
+            async for finding in examination.walk(computes=self._wish.rehearses is None):
                 if finding.verdict is Verdict.BAD:
                     raise finding.as_error()
                 shown.show(finding)
@@ -105,7 +105,9 @@ class _Joining:
 
     async def _work(self, examination: Examination, screen: JoinScreen) -> bool:
         """One worker process from start to end; whether the run is complete."""
-        tenant = Tenant(await self._options(examination), lambda report: hear(report))
+        options = await self._options(examination)
+        await freed(options.bind)
+        tenant = Tenant(options, lambda report: hear(report))
 
         def hear(report: Report) -> None:
             screen.hear(report)

@@ -313,13 +313,13 @@ class Examination:
         assert self.learned.link is not None
         up = await self._rate(transport, lambda size: (size, 0))
         self.learned.link = LinkMeasured(self.learned.link.rtt, up, BitsPerSecond(0.0))
-        return good(hop, f"{up.value / 1e6:.3g} Mbit/s.")
+        return good(hop, f"{machine.mbit(up)}.")
 
     async def _down(self, hop: str, transport: Transport) -> Finding:
         assert self.learned.link is not None
         down = await self._rate(transport, lambda size: (0, size))
         self.learned.link = LinkMeasured(self.learned.link.rtt, self.learned.link.up, down)
-        return good(hop, f"{down.value / 1e6:.3g} Mbit/s.")
+        return good(hop, f"{machine.mbit(down)}.")
 
     async def _rate(self, transport: Transport, way: Callable[[int], tuple[int, int]]) -> BitsPerSecond:
         """The best that one exchange has shown, less one round trip."""
@@ -327,7 +327,7 @@ class Examination:
         best, spent = 0.0, 0.0
         for size in PROBE_SIZES:
             took = await self._probe(transport, *way(size))
-            best = max(best, 8 * size / max(took - self.learned.link.rtt.value, took / 10))
+            best = max(best, 8 * size / max(took - self.learned.link.rtt.value, took / 2))
             spent += took
             if spent > PROBE_ENOUGH.value:
                 break

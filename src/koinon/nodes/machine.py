@@ -162,7 +162,7 @@ def check_link(link: LinkMeasured, spec: RunSpec) -> Finding:
     if wanted is not None and link.up.value < MEASURED_SHORT * wanted.value:
         return bad(
             hop,
-            f"This machine sends {_mbit(link.up)}, too slow for this run: {why} {_mbit(wanted)}.",
+            f"This machine sends {mbit(link.up)}, too slow for this run: {why} {mbit(wanted)}.",
             "Use a wire instead of radio, stop what else is sending, or join a run with smaller boundaries.",
         )
     if declared.rtt_ms is not None and link.rtt.value * 1e3 * MEASURED_SHORT > declared.rtt_ms:
@@ -173,7 +173,7 @@ def check_link(link: LinkMeasured, spec: RunSpec) -> Finding:
         )
     if wanted is None and declared.rtt_ms is None:
         return good(hop, "The spec asks for nothing.")
-    return good(hop, "As declared." if wanted is None else f"{_mbit(wanted)} up are asked for.")
+    return good(hop, "As declared." if wanted is None else f"{mbit(wanted)} up are asked for.")
 
 
 def check_balance(link: LinkMeasured, computed: Calibration, spec: RunSpec) -> Finding:
@@ -186,11 +186,11 @@ def check_balance(link: LinkMeasured, computed: Calibration, spec: RunSpec) -> F
         share = link.up.value / needed.value
         return doubtful(
             hop,
-            f"Boundaries of {sent.bytes_per_token} bytes per token at full speed are {_mbit(needed)}, the link carries "
-            f"{_mbit(link.up)}: this machine will wait, and compute for about {share:.0%} of the time.",
+            f"Boundaries of {sent.bytes_per_token} bytes per token at full speed are {mbit(needed)}, the link carries "
+            f"{mbit(link.up)}: this machine will wait, and compute for about {share:.0%} of the time.",
             "It is welcome all the same; a faster uplink would make more of it.",
         )
-    return good(hop, f"At full speed boundaries take {_mbit(needed)} of {_mbit(link.up)}.")
+    return good(hop, f"At full speed boundaries take {mbit(needed)} of {mbit(link.up)}.")
 
 
 def check_compute(computed: Calibration) -> Finding:
@@ -223,8 +223,10 @@ def _most(asked: Sequence[Need]) -> Bytes:
     return max(need.memory for need in asked)
 
 
-def _mbit(value: BitsPerSecond) -> str:
-    return f"{value.value / 1e6:.3g} Mbit/s"
+def mbit(value: BitsPerSecond) -> str:
+    """For people."""
+    megabits = value.value / 1e6
+    return f"{megabits:,.0f} Mbit/s" if megabits >= 100 else f"{megabits:.3g} Mbit/s"
 
 
 def _dotted(numbers: tuple[int, int]) -> str:

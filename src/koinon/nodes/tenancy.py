@@ -14,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import gc
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,8 @@ from koinon.units import Seconds
 
 LEAVING = Seconds(20.0)
 """How long `leave` waits for the other process to end."""
+FREED_TRIES = 50
+"""At 0.1 s each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,20 @@ class Tenant:
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.terminate()
+
+
+async def freed(bind: str) -> None:
+    """Until nobody in this process holds that address any more, or some seconds have passed in vain.
+
+    The network library frees a socket with the last reference to anything that used it, some time after it was closed.
+    """
+    host, _, port = bind.rpartition(":")
+    for _ in range(FREED_TRIES):
+        gc.collect()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.bind((host, int(port)))
+            return
+        await asyncio.sleep(0.1)
 
 
 def _locked(handle: int) -> bool:

@@ -54,6 +54,10 @@ ECHOES: Final = 5
 PROBE_SIZES: Final = tuple(1 << power for power in (16, 18, 20, 20, 20, 20))
 """Bytes of one measurement after the other: a slow link is not kept busy for long, a fast one shows itself."""
 PROBE_ENOUGH: Final = Seconds(1.5)
+GROWTH: Final = 4
+"""From one size to the next."""
+SLOWEST: Final = BitsPerSecond.mbit(0.1)
+"""Below it nothing is measured any more."""
 ANSWER: Final = Seconds(5.0)
 REACH_PATIENCE: Final = Seconds(15.0)
 FIREWALL: Final = "Check that the league runs, and that UDP to this address is open on both sides (firewall, router)."
@@ -329,14 +333,15 @@ class Examination:
             took = await self._probe(transport, *way(size))
             best = max(best, 8 * size / max(took - self.learned.link.rtt.value, took / 2))
             spent += took
-            if spent > PROBE_ENOUGH.value:
+            if spent > PROBE_ENOUGH.value or GROWTH * took > PROBE_ENOUGH.value:
                 break
         return BitsPerSecond(best)
 
     async def _probe(self, transport: Transport, up: int, back: int) -> float:
         clock = asyncio.get_running_loop().time
         began = clock()
-        await transport.request(self._given().coordinator, m.JOIN, j.Probe(back, up), bytes(up))
+        patience = ANSWER + Bytes(up + back).over(SLOWEST)
+        await transport.request(self._given().coordinator, m.JOIN, j.Probe(back, up), bytes(up), deadline=patience)
         return clock() - began
 
     async def _seen(self, transport: Transport) -> Finding:

@@ -136,7 +136,7 @@ def test_more_replicas_need_less_and_larger_models_more() -> None:
 def test_a_real_worker_takes_what_it_is_said_to_need_within_half(tmp_path: Path) -> None:
     """Measured by the workers themselves: the most memory that their processes ever had."""
     spec = RunSpec.of(
-        model={"size": 512, "stages": 2, "layers": 4, "context": 32},
+        model={"size": 512, "stages": 2, "layers": 2, "context": 32},
         train={"steps": 1, "batch": 2, "microbatch": 1, "eval_every": 0, "eval_sequences": 1},
         league={"replicas": 1},
         data={"max_bytes": 50_000},

@@ -98,9 +98,11 @@ class _Joining:
         with Checklist(self._console) as shown:
             examination = Examination(self._wish.text, self._way, shown.progress)
             async for finding in examination.walk(computes=self._wish.rehearses is None):
-                if finding.verdict is Verdict.BAD:
-                    raise finding.as_error()
-                shown.show(finding)
+                last = finding
+                if finding.verdict is not Verdict.BAD:
+                    shown.show(finding)
+        if last.verdict is Verdict.BAD:
+            raise last.as_error()
         return examination
 
     async def _work(self, examination: Examination, screen: JoinScreen) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -103,13 +104,17 @@ class Examination:
         self._began = 0.0
 
     async def walk(self, *, computes: bool = True) -> AsyncIterator[Finding]:
-        """The findings in order; none follows a bad one. computes: False leaves out the calibration."""
-        async for finding in self._hops(computes):
-            yield finding
-            if finding.verdict is Verdict.BAD:
-                return
+        """The findings in order; none follows a bad one. Go on to the end: there the socket is closed.
 
-    async def _hops(self, computes: bool) -> AsyncIterator[Finding]:
+        computes: False leaves out the calibration.
+        """
+        async with aclosing(self._hops(computes)) as hops:  # the socket is closed now, and not when somebody cleans up
+            async for finding in hops:
+                yield finding
+                if finding.verdict is Verdict.BAD:
+                    return
+
+    async def _hops(self, computes: bool) -> AsyncGenerator[Finding]:
         if self._text is not None:
             yield self._invitation(self._text)
             yield self._clock()

@@ -29,7 +29,16 @@ from koinon.data.tokenizer import END
 from koinon.errors import KoinonError, StateError
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr
-from koinon.nodes.control import Control, OpenRun, Progress, create, reopen, resume_point, stage_secret
+from koinon.nodes.control import (
+    Control,
+    OpenRun,
+    Progress,
+    create,
+    reopen,
+    resume_point,
+    resume_point_elsewhere,
+    stage_secret,
+)
 from koinon.nodes.host import Host
 from koinon.nodes.messages import Telemetry
 from koinon.nodes.process import STATE_LIMIT, WorkerOptions
@@ -201,10 +210,9 @@ class League:
         return f"{self._bind.rpartition(':')[0]}:0"
 
     async def _resume_step(self, run: OpenRun) -> int:
-        """The newest step that every stage has. Where workers are elsewhere, so are their snapshots, and the log alone
-        tells: every worker keeps those of the step that all stages have reached, or the newest before it."""
+        """The newest step that every stage has. Where workers are elsewhere, so are their snapshots."""
         if self._workers is not None:
-            return run.state.step - run.state.step % run.spec.train.snapshot_every
+            return resume_point_elsewhere(run.state, run.spec.train.snapshot_every)
         return await _resume_step(self.directory, run.state)
 
     def _spawn(self, seat: Seat) -> None:

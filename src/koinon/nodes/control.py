@@ -149,6 +149,19 @@ def _dialler() -> Transport:
     return IrohTransport(NodeKey.generate())
 
 
+def resume_point_elsewhere(state: RunState, every: int) -> int:
+    """The same where snapshots lie on other machines and only the log is here: the newest step at which workers write
+    one, that every stage has reached, and whose root the log's state still has. Raises NothingToResume."""
+    for step in range(state.step - state.step % every, -1, -every):
+        if all(s.root_at(step) is not None or (not s.versions and step == 0) for s in state.stages):
+            return step
+    raise NothingToResume(
+        f"Workers keep every {every}th step (`snapshot_every`), and the roots of the newest such step before step "
+        f"{state.step} are not at hand any more, so what workers bring could not be checked. Start a new run, with "
+        "`snapshot_every` of at most 8."
+    )
+
+
 class Control:
     """Coordinator and trainer of one opened run."""
 
@@ -229,4 +242,13 @@ class Control:
         self.run_.log.close()
 
 
-__all__ = ["Control", "OpenRun", "create", "reopen", "resume_point", "sampling_seed", "stage_secret"]
+__all__ = [
+    "Control",
+    "OpenRun",
+    "create",
+    "reopen",
+    "resume_point",
+    "resume_point_elsewhere",
+    "sampling_seed",
+    "stage_secret",
+]

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -91,7 +91,7 @@ class Learned:
     """Where this machine listened."""
     link: LinkMeasured | None = None
     computed: Calibration | None = None
-    waits: bool = field(default=False)
+    waits: bool = False
     """Everything is well, but there is no seat (now)."""
 
 

@@ -107,7 +107,8 @@ def check_software(found: Facts) -> Finding:
     numbers = re.findall(r"\d+", found.torch)
     if tuple(map(int, numbers[:2])) < TORCH:
         return bad(hop, f"torch {found.torch}.", f"koinon needs torch {_dotted(TORCH)} or later: pip install -U torch")
-    return good(hop, f"Python {python}, torch {found.torch}, {found.system}, {found.cores} cores.")
+    bf16 = "with" if found.bf16 else "without"
+    return good(hop, f"Python {python}, torch {found.torch}, {found.system}, {found.cores} cores {bf16} bf16.")
 
 
 def check_memory(found: Facts, asked: Sequence[Need]) -> Finding:

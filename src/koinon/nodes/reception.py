@@ -62,7 +62,6 @@ class Reception:
         )
         self._bodies: set[tuple[PeerId, int]] = set()
         self._looking: set[PeerId] = set()
-        self._count = 0
         board.on(j.Knock, self._on_knock)
         board.on(j.Probe, self._on_probe, self._probe_limit, self._probe_abandoned)
         board.on(j.Reach, self._on_reach)

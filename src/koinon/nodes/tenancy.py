@@ -37,6 +37,8 @@ from koinon.units import Seconds
 
 LEAVING = Seconds(20.0)
 """How long `leave` waits for the other process to end."""
+ENDING = Seconds(15.0)
+"""How long the worker process may take to say goodbye, before it is ended without one."""
 FREED_TRIES = 50
 """At 0.1 s each."""
 
@@ -152,7 +154,11 @@ class Tenant:
             return Ended(await process.wait(), last)
         except asyncio.CancelledError:
             self.leave()
-            await process.wait()
+            try:
+                async with asyncio.timeout(ENDING.value):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
             raise
 
     def leave(self) -> None:

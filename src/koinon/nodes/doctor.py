@@ -13,9 +13,8 @@ import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Final
 
 from koinon.errors import (
@@ -41,6 +40,7 @@ from koinon.nodes import messages as m
 from koinon.nodes.calibration import Progress, calibrate
 from koinon.nodes.findings import Finding, Verdict, bad, doubtful, good
 from koinon.nodes.introducer import Introducer
+from koinon.nodes.linkmeter import ANSWER, ECHOES, LinkMeter
 from koinon.nodes.machine import Calibration, LinkMeasured
 from koinon.nodes.needs import needs
 from koinon.nodes.reception import answer_at, stranger
@@ -51,15 +51,6 @@ from koinon.units import BitsPerSecond, Bytes, PeerId, Seconds
 
 MakeTransport = Callable[[NodeKey, str], Transport]
 """A transport of that key, bound to that address."""
-ECHOES: Final = 5
-PROBE_SIZES: Final = tuple(1 << power for power in (16, 18, 20, 20, 20, 20))
-"""Bytes of one measurement after the other: a slow link is not kept busy for long, a fast one shows itself."""
-PROBE_ENOUGH: Final = Seconds(1.5)
-GROWTH: Final = 4
-"""From one size to the next."""
-SLOWEST: Final = BitsPerSecond.mbit(0.1)
-"""Below it nothing is measured any more."""
-ANSWER: Final = Seconds(5.0)
 REACH_PATIENCE: Final = Seconds(15.0)
 FIREWALL: Final = "Check that the league runs, and that UDP to this address is open on both sides (firewall, router)."
 
@@ -143,10 +134,10 @@ class Examination:
         yield await self._protocol(transport)
         yield self._agreement()
         yield self._run()
-        for hop, measure in (("round trip", self._echo), ("up", self._up), ("down", self._down)):
-            yield await self._measured(hop, measure(hop, transport))
-        assert self.learned.link is not None
-        yield machine.check_link(self.learned.link, self._spec())
+        meter = LinkMeter(transport, self._given().coordinator)
+        for hop, measure in (("round trip", self._rtt), ("up", self._up), ("down", self._down)):
+            yield await self._measured(hop, measure(hop, meter))
+        yield machine.check_link(self._link(), self._spec())
         yield await self._seen(transport)
 
     # --- before anything is sent
@@ -312,42 +303,20 @@ class Examination:
                 hop, f"The measurement broke off: {error}", "Try again; if it happens again, much is lost on the way."
             )
 
-    async def _echo(self, hop: str, transport: Transport) -> Finding:
-        times = [await self._probe(transport, 0, 0) for _ in range(ECHOES)]
-        rtt = Seconds(median(times))
+    async def _rtt(self, hop: str, meter: LinkMeter) -> Finding:
+        rtt = await meter.rtt()
         self.learned.link = LinkMeasured(rtt, BitsPerSecond(0.0), BitsPerSecond(0.0))
         return good(hop, f"{rtt.value * 1e3:.3g} ms (median of {ECHOES}).")
 
-    async def _up(self, hop: str, transport: Transport) -> Finding:
-        assert self.learned.link is not None
-        up = await self._rate(transport, lambda size: (size, 0))
-        self.learned.link = LinkMeasured(self.learned.link.rtt, up, BitsPerSecond(0.0))
-        return good(hop, f"{machine.mbit(up)}.")
+    async def _up(self, hop: str, meter: LinkMeter) -> Finding:
+        link = self._link()
+        self.learned.link = measured = replace(link, up=await meter.up(link.rtt))
+        return good(hop, f"{machine.mbit(measured.up)}.")
 
-    async def _down(self, hop: str, transport: Transport) -> Finding:
-        assert self.learned.link is not None
-        down = await self._rate(transport, lambda size: (0, size))
-        self.learned.link = LinkMeasured(self.learned.link.rtt, self.learned.link.up, down)
-        return good(hop, f"{machine.mbit(down)}.")
-
-    async def _rate(self, transport: Transport, way: Callable[[int], tuple[int, int]]) -> BitsPerSecond:
-        """The best that one exchange has shown, less one round trip."""
-        assert self.learned.link is not None
-        best, spent = 0.0, 0.0
-        for size in PROBE_SIZES:
-            took = await self._probe(transport, *way(size))
-            best = max(best, 8 * size / max(took - self.learned.link.rtt.value, took / 2))
-            spent += took
-            if spent > PROBE_ENOUGH.value or GROWTH * took > PROBE_ENOUGH.value:
-                break
-        return BitsPerSecond(best)
-
-    async def _probe(self, transport: Transport, up: int, back: int) -> float:
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        patience = ANSWER + Bytes(up + back).over(SLOWEST)
-        await transport.request(self._given().coordinator, m.JOIN, j.Probe(back, up), bytes(up), deadline=patience)
-        return clock() - began
+    async def _down(self, hop: str, meter: LinkMeter) -> Finding:
+        link = self._link()
+        self.learned.link = measured = replace(link, down=await meter.down(link.rtt))
+        return good(hop, f"{machine.mbit(measured.down)}.")
 
     async def _seen(self, transport: Transport) -> Finding:
         hop, mine = "seen from outside", self.learned.mine[: j.ADDRESS_LIMIT]
@@ -382,6 +351,10 @@ class Examination:
     def _given(self) -> Invitation:
         assert self.learned.invitation is not None, "the walk ends at the first bad hop"
         return self.learned.invitation
+
+    def _link(self) -> LinkMeasured:
+        assert self.learned.link is not None, "the walk ends at the first bad hop"
+        return self.learned.link
 
     def _opened(self) -> j.Opened:
         assert self.learned.opened is not None, "the walk ends at the first bad hop"

@@ -16,7 +16,14 @@
     │   ├── RunExists           a directory holds a run already
     │   ├── LogInUse            another process writes this run log
     │   ├── KeyUnsafe           a node key's file can be read by others, or holds no key
-    │   └── PortInUse
+    │   ├── PortInUse
+    │   ├── InvitationError     an invitation that leads nowhere
+    │   │   ├── InvitationMalformed   it was mistyped, cut short, or is none
+    │   │   ├── InvitationExpired
+    │   │   └── InvitationUnsigned    it was not made by the coordinator that it names
+    │   ├── MachineUnfit        a check before joining failed: of this machine, its link, or the way there
+    │   ├── OtherRun            a joiner's directory belongs to another run
+    │   └── SeatInUse           another process works in a joiner's directory
     ├── PeerError               another node did or did not do something
     │   ├── PeerUnreachable
     │   ├── DeadlinePassed
@@ -142,6 +149,46 @@ class PortInUse(UserError):
 
 class KeyUnsafe(UserError):
     """The file of a node key can be read by others, or holds no key."""
+
+
+class InvitationError(UserError):
+    """An invitation that leads nowhere."""
+
+
+class InvitationMalformed(InvitationError):
+    """The text is no invitation: mistyped, cut short, or something else."""
+
+
+class InvitationExpired(InvitationError):
+    """The invitation was good until a time that is over."""
+
+
+class InvitationUnsigned(InvitationError):
+    """The invitation was not made by the coordinator that it names."""
+
+
+class MachineUnfit(UserError):
+    """A check before joining failed. `hop`: which; the sentence says what was found and what to do."""
+
+    def __init__(self, hop: str, found: str, remedy: str) -> None:
+        self.hop, self.found, self.remedy = hop, found, remedy
+        super().__init__(f"{hop}: {found} {remedy}".rstrip())
+
+
+class OtherRun(UserError):
+    """A joiner's directory belongs to another run than the one it is asked to join."""
+
+
+class SeatInUse(UserError):
+    """Another process works in this directory of a joiner."""
+
+    def __init__(self, directory: str, pid: int | None) -> None:
+        self.directory, self.pid = directory, pid
+        who = f"process {pid}" if pid else "another process"
+        super().__init__(
+            f"{directory} is the seat of {who}, which is at work: one directory, one worker. "
+            f"End it with `koinon leave {directory}`, or join with another --dir."
+        )
 
 
 class PeerError(KoinonError):

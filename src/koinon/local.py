@@ -19,8 +19,9 @@ import contextlib
 import queue
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -29,7 +30,16 @@ from koinon.data.tokenizer import END
 from koinon.errors import KoinonError, StateError, UserError
 from koinon.net.identity import NodeKey
 from koinon.net.transport import NodeAddr
-from koinon.nodes.control import Control, OpenRun, Progress, create, reopen, resume_point, stage_secret
+from koinon.nodes.control import (
+    Control,
+    OpenRun,
+    Progress,
+    create,
+    reopen,
+    resume_point,
+    resume_point_elsewhere,
+    stage_secret,
+)
 from koinon.nodes.host import Host
 from koinon.nodes.messages import Telemetry
 from koinon.nodes.process import STATE_LIMIT, WorkerOptions
@@ -68,7 +78,9 @@ class League:
 
     spec: a RunSpec, a path to one, or the name of a recipe. directory: where the run lies or shall lie.
     resume: go on with the run in `directory`; its own spec is used. trains: False only serves samples.
-    port: UDP port of the control process, 0 for any free one.
+    port: UDP port of the control process, 0 for any free one. host: where it listens; off this machine's loopback, it
+    takes workers from elsewhere, who are told `advertise` if that is not where it listens.
+    workers: processes on this machine, `replicas` of every stage if not given; 0 leaves all seats to others.
     Raises on entry: SpecError, RunExists, NotARun, DataError, PortInUse, LogCorrupt, NothingToResume.
     """
 
@@ -81,6 +93,9 @@ class League:
         trains: bool = True,
         replicas: int | None = None,
         port: int = 0,
+        host: str = "127.0.0.1",
+        advertise: Sequence[str] = (),
+        workers: int | None = None,
         progress: Progress = _quiet,
         faults: Mapping[tuple[int, int], tuple[tuple[str, int], ...]] | None = None,
         environments: Mapping[tuple[int, int], Mapping[str, str]] | None = None,
@@ -90,7 +105,7 @@ class League:
         self._faults = dict(faults or {})
         self.directory = RunDir(Path(directory))
         self._given, self._resumes, self._trains, self._replicas = spec, resume, trains, replicas
-        self._port, self._progress = port, progress
+        self._bind, self._advertise, self._workers, self._progress = f"{host}:{port}", advertise, workers, progress
         self._listeners: list[Callable[[ev.Event, RunState], None]] = []
         self._seats: dict[int, Seat] = {}
         self._respawns: set[asyncio.Task[None]] = set()
@@ -120,6 +135,22 @@ class League:
         return dict(self._controlled().coordinator.telemetry)
 
     @property
+    def address(self) -> NodeAddr:
+        """Where the control process can be reached."""
+        if self._address is None:
+            raise StateError("The league has not been started: use it as a context manager.")
+        return self._address
+
+    @property
+    def key(self) -> NodeKey:
+        """The coordinator's."""
+        return self._opened().key
+
+    def is_mine(self, worker: str) -> bool:
+        """Whether that worker's process runs on this machine, started by this league."""
+        return any(seat.worker == worker for seat in self._seats.values())
+
+    @property
     def control(self) -> Control:
         return self._controlled()
 
@@ -131,7 +162,7 @@ class League:
 
     async def __aenter__(self) -> Self:
         try:
-            for host in self._hosts.values():
+            for host in self._hosts.values() if self._workers != 0 else ():
                 await host.start()  # torch loads while the data is prepared
             self._run = await asyncio.to_thread(self._open)
             await self._begin(self._run)
@@ -154,13 +185,20 @@ class League:
         from koinon.net.iroh_transport import IrohTransport
 
         board = Switchboard(STATE_LIMIT)
-        transport = IrohTransport(run.key, bind=f"127.0.0.1:{self._port}")
-        self._control = control = Control(run, transport, board, trains=self._trains)
+        transport = IrohTransport(run.key, bind=self._bind, advertise=self._advertise)
+        elsewhere = self._any_port()
+        self._control = control = Control(
+            run,
+            transport,
+            board,
+            trains=self._trains,
+            dialler=lambda: IrohTransport(NodeKey.generate(), bind=elsewhere),
+        )
         for listener in self._listeners:
             control.follower.listen(listener)
         if self._resumes:
             # Reads and hashes snapshots, so it is done before anybody waits for us, and in a process that has torch.
-            control.resume(await _resume_step(self.directory, run.state))
+            control.resume(await self._resume_step(run))
         self._address = await control.start()
         for number, (stage, seat) in enumerate(self._places(run.spec)):
             self._seats[number] = Seat(number, stage, seat, self.directory.seat(stage, seat))
@@ -169,7 +207,22 @@ class League:
     def _places(self, spec: RunSpec) -> Iterator[tuple[int, int]]:
         """(stage, seat) of every worker, first seats first: they found the stages."""
         replicas = self._replicas or spec.league.replicas
-        return ((stage, seat) for seat in range(replicas) for stage in range(spec.model.stages))
+        places = ((stage, seat) for seat in range(replicas) for stage in range(spec.model.stages))
+        return islice(places, self._workers)
+
+    def _secret(self, stage: int) -> str | None:
+        """On one machine a run can be repeated from its spec; among strangers, who all know the spec, it must not."""
+        return stage_secret(self.spec, stage).hex() if self._workers is None else None
+
+    def _any_port(self) -> str:
+        """Where the other nodes of this machine listen."""
+        return f"{self._bind.rpartition(':')[0]}:0"
+
+    async def _resume_step(self, run: OpenRun) -> int:
+        """The newest step that every stage has. Where workers are elsewhere, so are their snapshots."""
+        if self._workers is not None:
+            return resume_point_elsewhere(run.state, run.spec.train.snapshot_every)
+        return await _resume_step(self.directory, run.state)
 
     def _spawn(self, seat: Seat) -> None:
         assert self._address is not None
@@ -180,7 +233,8 @@ class League:
             coordinator_addresses=self._address.addresses,
             account=f"local-{seat.stage}-{seat.seat}",
             stage=seat.stage,
-            secret=stage_secret(self.spec, seat.stage).hex(),
+            secret=self._secret(seat.stage),
+            bind=self._any_port(),
             faults=self._faults.pop((seat.stage, seat.seat), ()),
         )
         self._host_of(seat).spawn(seat.number, options)

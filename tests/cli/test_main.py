@@ -66,6 +66,14 @@ MISTAKES = {
     ("log", "nowhere"): "There is no directory nowhere",
     ("sample", "folder", "def "): "There is no run in folder",
     ("sample", "folder", ""): "The prompt is empty",
+    ("join", "hello"): "This is no invitation: it does not begin with koinon1.",
+    ("join", "koinon1aaaa"): "which is not all of it",
+    ("join", "koinon2aaaa"): "another version of koinon",
+    ("doctor", "--bind", "here"): "here is no address: write HOST:PORT",
+    ("coordinate",): "Name a spec file or a recipe",
+    ("coordinate", "tiny", "--bind", "4774"): "4774 is no address",
+    ("coordinate", "tiny", "--local-workers", "9"): "are more than the 3 seats",
+    ("coordinate", "--resume", "folder"): "There is no run in folder",
 }
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from koinon.errors import LogCorrupt, NothingToResume
 from koinon.net.clock import run_virtual
-from koinon.nodes.control import reopen
+from koinon.nodes.control import reopen, resume_point_elsewhere
 from koinon.nodes.rundir import RunDir
 from koinon.run import events as ev
-from koinon.run.state import RunState
+from koinon.run.events import Member
+from koinon.run.state import RunState, fold
 from koinon.run.storage import MAGIC
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
@@ -174,3 +175,37 @@ def test_a_log_damaged_in_the_middle_is_refused_and_left_alone(tmp_path: Path) -
     with pytest.raises(LogCorrupt, match="damaged"):
         reopen(RunDir(tmp_path))
     assert log.read_bytes() == content
+
+
+def _stepped(steps: dict[int, int]) -> RunState:
+    """Two stages that were founded and have taken so many steps."""
+    events: list[ev.Event] = [ev.RunOpened("r", "", "c", "c", 2, 4, "")]
+    for stage, taken in steps.items():
+        member = Member(stage)
+        events += [ev.Seated(member, f"w{stage}", "a", stage, 0, ()), ev.SeatReady(member, 0, "root 0")]
+        for step in range(taken):
+            events.append(ev.ReduceOpened(stage, step, 0, (member,), (b"\x0f",)))
+            events.append(ev.StageStepped(stage, step, 0, f"root {step + 1}", 0.0, 0.0))
+    return fold(events)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [
+        ({}, 1, 0),
+        ({0: 3}, 1, 0),
+        ({0: 5, 1: 4}, 1, 4),
+        ({0: 5, 1: 5}, 3, 3),
+        ({0: 13, 1: 14}, 8, 8),
+        ({0: 2, 1: 2}, 9, 0),
+    ],
+)
+def test_a_run_of_others_goes_back_to_the_newest_step_that_all_stages_have_kept(
+    steps: dict[int, int], every: int, expected: int
+) -> None:
+    assert resume_point_elsewhere(_stepped(steps), every) == expected
+
+
+def test_a_step_whose_roots_are_forgotten_is_not_resumed_from() -> None:
+    with pytest.raises(NothingToResume, match="snapshot_every"):
+        resume_point_elsewhere(_stepped({0: 29, 1: 29}), 20)

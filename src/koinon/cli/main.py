@@ -115,6 +115,111 @@ def run_(
     asyncio.run(train(order, _console(), port))
 
 
+Bind = Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen (UDP, IPv4); port 0: any free one.")]
+Advertise = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="HOST:PORT", help="Where others reach it, if elsewhere: behind a router. May be repeated."),
+]
+Threads = Annotated[int, typer.Option(min=1, metavar="N", help="Threads to compute with.")]
+InvitationText = typer.Argument(
+    metavar="INVITATION", help="The line that begins with koinon1, or a file that holds it."
+)
+
+
+@app.command()
+def coordinate(
+    source: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="SPEC", help="A TOML file or the name of a recipe; with --resume, a directory."),
+    ] = None,
+    directory: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--dir", metavar="DIR", help="Where the run lies or shall lie; runs/NAME by default."),
+    ] = None,
+    bind: Bind = "0.0.0.0:4774",
+    advertise: Advertise = None,
+    local_workers: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Workers on this machine; the other seats are for joiners.")
+    ] = 0,
+    days: Annotated[float, typer.Option(min=0.001, metavar="N", help="How long invitations are good.")] = 30.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the spec, say train.steps=100."),
+    ] = None,
+) -> None:
+    """Lead a league of workers from anywhere, and print the invitation that brings them."""
+    import asyncio
+
+    from koinon.cli.coordinate import Hosting
+    from koinon.cli.coordinate import coordinate as lead
+    from koinon.cli.sources import new_run, resumed_run
+
+    if resume:
+        order = resumed_run(source, directory, overrides or (), None)
+    elif source is not None:
+        order = new_run(source, directory, overrides or (), None)
+    else:
+        raise UserError("What shall be trained? Name a spec file or a recipe; `koinon recipes` lists those.")
+    asyncio.run(lead(order, Hosting(bind, tuple(advertise or ()), local_workers, days), _console()))
+
+
+@app.command()
+def join(
+    invitation: Annotated[str, InvitationText],
+    directory: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--dir", metavar="DIR", help="Where this machine keeps its seat; joined/RUN by default."),
+    ] = None,
+    account: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Who is credited. All machines of an account serve one stage."),
+    ] = None,
+    bind: Bind = "0.0.0.0:0",
+    advertise: Advertise = None,
+    threads: Threads = 1,
+    rehearse: Annotated[Optional[int], typer.Option(hidden=True, help="Found this stage from the spec's seed.")] = None,  # noqa: UP045
+) -> None:
+    """Serve a run with this machine: check everything, take a seat, work until it is complete or Ctrl-C."""
+    import asyncio
+
+    from koinon.cli.doctor import text_of
+    from koinon.cli.join import Wish, join_run
+
+    wish = Wish(text_of(invitation), directory, account, bind, tuple(advertise or ()), threads, rehearse)
+    asyncio.run(join_run(wish, _console()))
+
+
+@app.command()
+def leave(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --dir of a `koinon join` that is at work.")],
+) -> None:
+    """Let the worker that joined from a directory say goodbye and end."""
+    from koinon.cli.join import leave_run
+
+    leave_run(directory, _console())
+
+
+@app.command()
+def doctor(
+    invitation: Annotated[Optional[str], InvitationText] = None,  # noqa: UP045
+    bind: Bind = "0.0.0.0:0",
+    advertise: Advertise = None,
+    threads: Threads = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Try the way into a run hop by hop, and say what to do about the first that fails."""
+    import asyncio
+
+    from koinon.cli.doctor import examine, text_of, way_of
+    from koinon.net.identity import NodeKey
+
+    way = way_of(NodeKey.generate(), Path(), bind, tuple(advertise or ()), threads)
+    text = None if invitation is None else text_of(invitation)
+    if not asyncio.run(examine(text, way, _console(), as_json=as_json)):
+        raise typer.Exit(1)
+
+
 @app.command()
 def status(directory: Directory, as_json: AsJson = False) -> None:
     """Say how a run stands, while it runs and afterwards."""

@@ -85,6 +85,8 @@ class Connections:
             with contextlib.suppress(TimeoutError, iroh.IrohError):  # what is left ends with the process
                 async with asyncio.timeout(_CLOSING.value):
                     await self._endpoint.close()
+        self._channels.clear()
+        self._endpoint = None  # the library frees the socket with the last reference, not before
 
     def all(self) -> list[Channel]:
         return [channel for channels in self._channels.values() for channel in channels]

@@ -1,4 +1,4 @@
-"""The control process of a league on one machine: coordinator and trainer on one transport, loading no torch.
+"""The control process of a league: coordinator, trainer and reception on one transport, loading no torch.
 
 Opens (or resumes) the run's log and data, starts listening, and drives both roles until the run has ended.
 Knows nothing of who starts the workers.
@@ -21,6 +21,7 @@ from koinon.net.transport import NodeAddr, Transport
 from koinon.nodes import messages as m
 from koinon.nodes.coordinator import Coordinator
 from koinon.nodes.follower import RunFollower
+from koinon.nodes.reception import Dialler, Reception
 from koinon.nodes.rundir import RunDir
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.trainer import Trainer
@@ -139,10 +140,38 @@ def _has(state: RunState, snapshots: Snapshots, stage: int, step: int) -> bool:
     return root is not None and snapshots.get(stage, {}).get(step) == root
 
 
+def _dialler() -> Transport:
+    from koinon.net.iroh_transport import IrohTransport
+
+    return IrohTransport(NodeKey.generate())
+
+
+def resume_point_elsewhere(state: RunState, every: int) -> int:
+    """The same where snapshots lie on other machines and only the log is here: the newest step at which workers write
+    one, that every stage has reached, and whose root the log's state still has. Raises NothingToResume."""
+    for step in range(state.step - state.step % every, -1, -every):
+        if all(s.root_at(step) is not None or (not s.versions and step == 0) for s in state.stages):
+            return step
+    raise NothingToResume(
+        f"Workers keep every {every}th step (`snapshot_every`), and the roots of the newest such step before step "
+        f"{state.step} are not at hand any more, so what workers bring could not be checked. Start a new run, with "
+        "`snapshot_every` of at most 8."
+    )
+
+
 class Control:
     """Coordinator and trainer of one opened run."""
 
-    def __init__(self, run: OpenRun, transport: Transport, board: Switchboard, *, trains: bool = True) -> None:
+    def __init__(
+        self,
+        run: OpenRun,
+        transport: Transport,
+        board: Switchboard,
+        *,
+        trains: bool = True,
+        dialler: Dialler | None = None,
+    ) -> None:
+        """dialler: makes the nodes by which the reception looks whether a newcomer can be seen from outside."""
         self.run_, self.transport, self._board = run, transport, board
         me = run.key.peer_id
         self.coordinator = Coordinator(run.spec, run.log, run.state, transport, board, run.key)
@@ -159,6 +188,7 @@ class Control:
             loads=self._load_of,
             trains=trains,
         )
+        self.reception = Reception(run.spec, lambda: self.coordinator.state, board, run.key, dialler or _dialler)
         self._tasks: list[asyncio.Task[None]] = []
 
     def _load_of(self, member: Member) -> m.Telemetry:
@@ -167,6 +197,7 @@ class Control:
     async def start(self) -> NodeAddr:
         """Listen, and begin to work. Raises PortInUse, TransportUnusable."""
         address = await self.transport.start(self._board.services())
+        self.reception.open_at(address.addresses)
         await self.follower.start(())
         self._tasks = [
             asyncio.create_task(self.coordinator.run(), name="coordinator"),
@@ -208,4 +239,13 @@ class Control:
         self.run_.log.close()
 
 
-__all__ = ["Control", "OpenRun", "create", "reopen", "resume_point", "sampling_seed", "stage_secret"]
+__all__ = [
+    "Control",
+    "OpenRun",
+    "create",
+    "reopen",
+    "resume_point",
+    "resume_point_elsewhere",
+    "sampling_seed",
+    "stage_secret",
+]

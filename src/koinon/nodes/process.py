@@ -6,19 +6,31 @@ Knows nothing of how it was started.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from koinon.errors import KoinonError
-from koinon.units import Bytes, PeerId, RunId
+from koinon.errors import KoinonError, PeerError, Refused
+from koinon.net.passes import AddressRecord
+from koinon.nodes.report import Report
+from koinon.units import Bytes, PeerId, RunId, Seconds
+
+if TYPE_CHECKING:
+    from koinon.net.transport import Transport
+    from koinon.nodes.worker import Worker
 
 log = logging.getLogger(__name__)
 STATE_LIMIT = Bytes.gib(4)
+GOODBYE = Seconds(3.0)
+"""How long a worker that was told to end may take for it."""
+REPORT_EVERY = Seconds(0.5)
+Tell = Callable[[Report], None]
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,10 +49,21 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     faults: tuple[tuple[str, int], ...] = ()
     """Points and steps at which it kills itself; see `koinon.nodes.faults`."""
     threads: int = 1
+    advertise: tuple[str, ...] = ()
+    """Where others reach it, if not where it listens."""
+    whereabouts: AddressRecord | None = None
+    """The coordinator's own word on where it is, for those who hold an old invitation."""
 
 
-def main(options: dict[str, Any]) -> int:
-    """Run one worker until its run ends. 0: ended as it should; 1: an error, which its text log names."""
+def _nobody(_report: Report) -> None:
+    """Nobody watches."""
+
+
+def main(options: dict[str, Any], tell: Tell = _nobody) -> int:
+    """Run one worker until its run ends. 0: ended as it should; 1: an error, which its text log names.
+
+    tell: hears what the worker does, twice a second.
+    """
     parsed = msgspec.convert(options, WorkerOptions)
     directory = Path(parsed.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,17 +72,19 @@ def main(options: dict[str, Any]) -> int:
         filename=directory / "worker.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     try:
-        asyncio.run(_work(parsed))
+        asyncio.run(_work(parsed, tell))
     except KoinonError as error:
         log.error("%s", error)  # noqa: TRY400 - the sentence is the message
+        tell(Report("ended", error=str(error), is_refused=isinstance(error, Refused)))
         return 1
-    except Exception:
+    except Exception as error:
         log.exception("the worker broke")
+        tell(Report("ended", error=f"The worker broke ({error!r}): {directory / 'worker.log'} has the account of it."))
         return 1
     return 0
 
 
-async def _work(options: WorkerOptions) -> None:
+async def _work(options: WorkerOptions, tell: Tell) -> None:
     import torch
 
     from koinon.net.identity import NodeKey
@@ -67,13 +92,14 @@ async def _work(options: WorkerOptions) -> None:
     from koinon.net.transport import NodeAddr
     from koinon.nodes.compute import ThreadCompute
     from koinon.nodes.faults import killed_at
+    from koinon.nodes.introducer import Introducer
     from koinon.nodes.switchboard import Switchboard
     from koinon.nodes.worker import Worker
 
     torch.set_num_threads(options.threads)
     directory = Path(options.directory)
     key = NodeKey.load_or_create(directory / "key")
-    transport = IrohTransport(key, bind=options.bind)
+    transport = IrohTransport(key, bind=options.bind, advertise=options.advertise)
     board, compute = Switchboard(STATE_LIMIT), ThreadCompute()
     worker = Worker(
         transport,
@@ -88,18 +114,40 @@ async def _work(options: WorkerOptions) -> None:
         secret=bytes.fromhex(options.secret) if options.secret else None,
         reach=killed_at(options.faults),
     )
+    Introducer(board, options.whereabouts)
     address = await transport.start(board.services())
     transport.learn(NodeAddr(PeerId(options.coordinator), options.coordinator_addresses))
-    watch = asyncio.create_task(_leave_on_signal(worker))
+    running = asyncio.create_task(worker.run(address.addresses))
+    others = [
+        asyncio.create_task(_leave_on_signal(worker, running, transport, PeerId(options.coordinator))),
+        asyncio.create_task(_report(worker, transport, tell)),
+    ]
     try:
-        await worker.run(address.addresses)
+        await asyncio.wait({running})
+        if not running.cancelled():
+            running.result()
+        tell(_reported(worker, transport))
     finally:
-        watch.cancel()
+        for task in others:
+            task.cancel()
         await transport.close()
         compute.close()
 
 
-async def _leave_on_signal(worker: Any) -> None:
+async def _report(worker: Worker, transport: Transport, tell: Tell) -> None:
+    while True:
+        tell(_reported(worker, transport))
+        await asyncio.sleep(REPORT_EVERY.value)
+
+
+def _reported(worker: Worker, transport: Transport) -> Report:
+    received = sum(sum(link.received.values()) for link in transport.links().values())
+    return msgspec.structs.replace(worker.report(), received=received)
+
+
+async def _leave_on_signal(
+    worker: Worker, running: asyncio.Task[None], transport: Transport, coordinator: PeerId
+) -> None:
     """SIGTERM, or a host that is gone: end cleanly."""
     told = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
@@ -111,3 +159,18 @@ async def _leave_on_signal(worker: Any) -> None:
         except TimeoutError:
             continue
     worker.end()
+    await asyncio.wait({running}, timeout=GOODBYE.value)
+    if not running.done():  # it waits for a seat or for its stage's state
+        await _give_back(worker, transport, coordinator)
+        running.cancel()
+
+
+async def _give_back(worker: Worker, transport: Transport, coordinator: PeerId) -> None:
+    """Nobody need wait for a seat that was taken and not used yet."""
+    from koinon.nodes import messages as m
+
+    seat = worker.state.member_of(transport.me)
+    if seat is not None:
+        with contextlib.suppress(PeerError):
+            leaving = m.Leave(seat.member, "its process was told to end before it was ready")
+            await transport.request(coordinator, m.CTL, leaving, deadline=Seconds(1.0))

@@ -14,11 +14,13 @@ import msgspec
 from koinon.errors import Refused
 from koinon.net.frames import Wire
 from koinon.net.transport import Answer, Service, Verdict
+from koinon.nodes import join_messages as j
 from koinon.nodes import messages as m
 from koinon.units import Bytes, PeerId
 
 Handle = Callable[[PeerId, Any, bytearray], Awaitable[Answer]]
 Limit = Callable[[PeerId, Any], int | Verdict]
+Abandoned = Callable[[PeerId, Any], None]
 
 REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
     m.CTL: (
@@ -35,14 +37,14 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
         m.Follow,
         m.Norms,
     ),
-    m.JOIN: (m.Join,),
+    m.JOIN: (m.Join, j.Knock, j.Probe, j.Reach, j.Wave, j.Whereabouts),
     m.WORK: (m.Offer, m.Forward, m.Backward, m.Slice, m.Updated),
     m.BULK: (m.StateWanted, m.MomentumWanted),
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
 REPLIES: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
     m.CTL: (m.Granted, m.Ack),
-    m.JOIN: (m.Welcome,),
+    m.JOIN: (m.Welcome, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
     m.WORK: (),
     m.BULK: (m.Tensors,),
 }
@@ -55,13 +57,25 @@ class Switchboard:
         """`state_limit`: the largest body of tensors that this node will take, in or out."""
         self._handlers: dict[type[m.Message], Handle] = {}
         self._limits: dict[type[m.Message], Limit] = {}
+        self._abandoned: dict[type[m.Message], Abandoned] = {}
         self._state_limit = state_limit
 
-    def on(self, message: type[m.Message], handler: Handle, limit: Limit | None = None) -> None:
-        """Answer `message` with `handler`; `limit` says at the header how many body bytes may come (default: none)."""
+    def on(
+        self,
+        message: type[m.Message],
+        handler: Handle,
+        limit: Limit | None = None,
+        abandoned: Abandoned | None = None,
+    ) -> None:
+        """Answer `message` with `handler`; `limit` says at the header how many body bytes may come (default: none).
+
+        abandoned: called instead of the handler when a body that was admitted does not come.
+        """
         self._handlers[message] = handler
         if limit is not None:
             self._limits[message] = limit
+        if abandoned is not None:
+            self._abandoned[message] = abandoned
 
     def services(self) -> list[Service]:
         """One service per ALPN. Those without a handler here still let this node ask."""
@@ -72,6 +86,7 @@ class Switchboard:
                 Wire(*REPLIES[alpn]) if REPLIES[alpn] else Wire(m.Ack),
                 self._dispatch,
                 body_limit=self._limit,
+                abandoned=self._abandon,
                 reply_limit=self._state_limit,
             )
             for alpn, kinds in REQUESTS.items()
@@ -86,3 +101,8 @@ class Switchboard:
     def _limit(self, peer: PeerId, message: msgspec.Struct) -> int | Verdict:
         limit = self._limits.get(type(message))  # type: ignore[arg-type]
         return 0 if limit is None else limit(peer, message)
+
+    def _abandon(self, peer: PeerId, message: msgspec.Struct) -> None:
+        abandoned = self._abandoned.get(type(message))  # type: ignore[arg-type]
+        if abandoned is not None:
+            abandoned(peer, message)

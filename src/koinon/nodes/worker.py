@@ -28,6 +28,7 @@ from koinon.nodes.flight import packed_ids, unpacked_ids
 from koinon.nodes.follower import RunFollower, insist
 from koinon.nodes.messages import Kind
 from koinon.nodes.reducer import Reducer
+from koinon.nodes.report import Report
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.syncer import Syncer
 from koinon.nodes.trainer import LEASE_DOMAIN
@@ -90,6 +91,21 @@ class Worker:
     @property
     def state(self) -> RunState:
         return self._follower.state
+
+    def report(self) -> Report:
+        """What it does now, for whoever watches its process."""
+        state, counted = self.state, self._telemetry
+        mine = state.member_of(self._transport.me)
+        return Report(
+            self._state,
+            state.phase,
+            state.reason,
+            None if mine is None else mine.stage,
+            None if mine is None else mine.seat,
+            state.step,
+            counted.items,
+            counted.tokens,
+        )
 
     def _register(self, board: Switchboard) -> None:
         limit = self._body_limit

@@ -62,8 +62,12 @@ def narrow(name: str, *, rates: Rates = TUNED, **model: Any) -> Variant:
 
 
 def dense(name: str, *, wire: str = "", rates: Rates = TUNED, **model: Any) -> Variant:
-    """The twin of a model with these settings; those of its boundaries are dropped, so that models share their twin."""
-    kept = {setting: value for setting, value in model.items() if setting not in _BOUNDARY}
+    """The twin of a model with these settings; those of its boundaries are dropped, so that models share their twin.
+
+    It hashes each n-gram once: the tables of all its stages meet in one stream, where more hashes are only noise (1.305
+    against 1.288 nats after 1.31M tokens of code).
+    """
+    kept = {"hashes": 1} | {setting: value for setting, value in model.items() if setting not in _BOUNDARY}
     return Variant(name=name, model=_config(**kept).dense(), wire=wire, muon_lr=rates.muon, adamw_lr=rates.adamw)
 
 
@@ -107,10 +111,12 @@ def tried() -> list[tuple[Variant, Variant]]:
         # what a stage computes from ids alone
         "no tables": {"table": 0},
         "one hash": {"hashes": 1},
+        "two hashes": {"hashes": 2},
         "4 taps": {"taps": 4},
         "trigrams, 4 taps, tables of 4096": RICH,
     }
-    return [(narrow(name, **change), dense(f"twin: {name}", **change)) for name, change in changes.items()]
+    unhashed = {name: {k: v for k, v in change.items() if k != "hashes"} for name, change in changes.items()}
+    return [(narrow(name, **change), dense(f"twin: {name}", **unhashed[name])) for name, change in changes.items()]
 
 
 def jobs() -> Iterator[Job]:

@@ -73,8 +73,8 @@ class ModelConfig:
     grams: int = 2
     """Longest n-gram that has a table: 2 for bigrams, 3 for bigrams and trigrams."""
     hashes: int = 3
-    """Rows of a table that are summed for one n-gram, each found by its own hash: n-grams that share one row then differ
-    in the others (arXiv:1709.03933). Costs lookups, no parameters and no bytes."""
+    """Rows of a table that are summed for one n-gram, each found by its own hash: n-grams that share one then differ in
+    the others (arXiv:1709.03933). Costs lookups, no parameters and no bytes."""
     table_stages: TableStages = "every"
     taps: int = 0
     """Length of a causal depthwise convolution over what a stage derives from ids; 0 is none."""

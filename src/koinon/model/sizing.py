@@ -27,7 +27,7 @@ def optimizer_bytes(config: ModelConfig, index: int) -> Bytes:
 
 def frozen_bytes(config: ModelConfig, index: int) -> Bytes:
     """What a stage keeps and never trains; see `founding.frozen_tensors`."""
-    salt = _LONG * (config.grams - 1) * config.grams if config.has_table(index) else 0
+    salt = _LONG * config.hashes * (config.grams - 1) * config.grams if config.has_table(index) else 0
     if config.form == "dense":
         return Bytes(salt)
     width = config.boundary_width

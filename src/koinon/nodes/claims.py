@@ -8,7 +8,6 @@ finished items waits for company for as long as nobody waits for the news. Knows
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 
@@ -44,19 +43,24 @@ class Claimant:
         self._bench, self._transport, self._state, self._granted, self._reach = bench, transport, state, granted, reach
         self._finished: list[m.Finished] = []
         self._moved = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
         self._hurried = -1
         self.wanted_soon = False
         """The trainer holds items back until some of these are finished."""
 
     def look(self) -> None:
-        """Something on the bench has moved."""
-        self._moved.set()
+        """Leases have come, or the step: is there anything to ask, or to tell now?"""
+        if any(self._bench.claimable()) or (self._finished and not self._may_wait()):
+            self._moved.set()
 
     def finished(self, item: Item) -> None:
         """The item is folded, or answered."""
         lease = item.lease
         self._finished.append(m.Finished(lease.kind, lease.step, lease.microbatch, lease.revision, item.value))
-        self._moved.set()
+        if not self._may_wait():
+            self._moved.set()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LINGER.value, self._moved.set)
 
     def void(self, step: int) -> None:
         """What was folded at this step is lost: it is not finished after all."""
@@ -68,24 +72,29 @@ class Claimant:
         self._moved.set()
 
     async def run(self) -> None:
+        """Until the task is cancelled."""
+        try:
+            await self._ask_and_tell()
+        finally:
+            self._stop_timer()
+
+    async def _ask_and_tell(self) -> None:
         while True:
             await self._moved.wait()
             self._moved.clear()
-            await self._gather()
+            self._stop_timer()
             asked, finished = list(self._bench.claimable()), self._finished
             self._finished = []
             if asked or finished:
                 await self._exchange(asked, finished)
 
-    async def _gather(self) -> None:
-        """Wait for company, but not beyond the moment in which the news is wanted."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER.value):  # wait_for of 3.11 can swallow a cancellation
-                while self._finished and self._may_wait():
-                    await self._moved.wait()
-                    self._moved.clear()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
 
     def _may_wait(self) -> bool:
+        """Whether nobody waits for the news of what is finished."""
         if self._hurried == self._bench.step or any(finished.kind is not Kind.TRAIN for finished in self._finished):
             return False
         if self.wanted_soon and 2 * len(self._finished) >= self._bench.capacity:

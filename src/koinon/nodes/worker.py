@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from koinon.errors import DiskFull, KoinonError, NothingToResume, NumericsError, PeerError, Refused
+from koinon.errors import DiskFull, KoinonError, NumericsError, PeerError, Refused
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
@@ -29,6 +28,7 @@ from koinon.nodes.flight import unpacked_ids
 from koinon.nodes.follower import RunFollower, insist
 from koinon.nodes.messages import Kind
 from koinon.nodes.reducer import Reducer
+from koinon.nodes.seating import Seating
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.syncer import Syncer
 from koinon.nodes.trainer import LEASE_DOMAIN
@@ -36,12 +36,10 @@ from koinon.nodes.workbench import Item, Job, JobKind, Workbench
 from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.policies.routes import started
-from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, SeatStatus
 from koinon.units import PeerId, RunId, Seconds
 
 log = logging.getLogger(__name__)
-HEARTBEAT_SECONDS = 1.0
 FAREWELL = Seconds(1.0)
 
 
@@ -65,8 +63,7 @@ class Worker:
     ) -> None:
         """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given."""
         self._transport, self._key, self._compute, self._reach = transport, key, compute, reach
-        self._coordinator, self._account, self._wanted = coordinator, account, stage
-        self._addresses: tuple[str, ...] = ()
+        self._coordinator = coordinator
         self._follower = RunFollower(transport, board, coordinator, run)
         self._syncer = Syncer(transport, board, compute, directory, secret)
         self._engine: Engine | None = None
@@ -77,10 +74,19 @@ class Worker:
         self._courier: Courier | None = None
         self._ended = asyncio.Event()
         self._goodbye = False
-        self._syncing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = Counters()
         self._state = "joining"
+        self._seating = Seating(
+            transport,
+            coordinator,
+            account,
+            stage,
+            self._follower,
+            self._syncer,
+            self._telemetry_now,
+            self._ended.set,
+        )
         self._register(board)
 
     @property
@@ -100,9 +106,9 @@ class Worker:
 
     async def run(self, addresses: tuple[str, ...]) -> None:
         """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin."""
-        self._addresses = addresses
         self._follower.listen(self._on_event)
-        welcome, spec, engine = await self._take_seat()
+        welcome, spec, engine, beats = await self._seating.take(addresses)
+        self._adopt(beats)
         self._engine = engine
         self._bench = bench = Workbench(
             welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight
@@ -147,75 +153,12 @@ class Worker:
         self._goodbye = True
         self._ended.set()
 
-    async def _take_seat(self) -> tuple[m.Welcome, RunSpec, Engine]:
-        """Ask for a seat and get its stage's state. If the last member that had it dies meanwhile, ask again: the stage
-        may have to be founded anew, or loaded from this very disk."""
-        while True:
-            welcome = await self._join()
-            await self._follower.start(self._addresses)
-            while Member(welcome.member) not in self.state.seats:
-                await asyncio.sleep(0.01)
-            beats = asyncio.create_task(self._heartbeats(welcome.member))
-            self._state = "syncing"
-            spec = RunSpec.parse(welcome.spec)
-            try:
-                engine = await self._syncer.begin(welcome, spec, self._follower)
-            except NothingToResume as error:
-                log.info("%s", error)
-                beats.cancel()
-                await asyncio.sleep(0.1)
-                continue
-            except BaseException:
-                beats.cancel()
-                raise
-            self._adopt(beats)
-            return welcome, spec, engine
-
-    async def _join(self) -> m.Welcome:
-        stage, have = self._syncer.inventory(self._wanted)
-        message = m.Join(self._account, self._addresses, secrets.token_hex(8), stage, have)
-        welcome = await insist(self._transport, self._coordinator, m.JOIN, message)
-        assert isinstance(welcome, m.Welcome)
-        return welcome
-
     async def _get_ready(self) -> None:
-        """Fetch until the coordinator agrees that this member has what the stage has.
-
-        One at a time: a fetch that ends when the member is at work again would throw away what it has folded.
-        """
-        async with self._syncing:
-            await self._fetch_until_ready()
-
-    async def _fetch_until_ready(self) -> None:
         assert self._engine and self._bench
-        while True:
-            self._state = "syncing"
-            root = await self._compute.run(lambda: self._syncer.root_of(self._engine))
-            message = m.Ready(self._bench.member, self._engine.step, root)
-            try:
-                await insist(self._transport, self._coordinator, m.CTL, message)
-            except Refused as refusal:
-                log.info("not ready yet: %s", refusal)
-                await asyncio.sleep(0.1)
-                await self._syncer.catch_up(self._engine, self._follower)
-                self._bench.step = self._engine.step
-                continue
-            self._state = "idle"
-            self._work.set()
-            return
-
-    async def _heartbeats(self, member: int) -> None:
-        while True:
-            beat = m.Heartbeat(member, self._telemetry_now())
-            try:
-                await self._transport.request(self._coordinator, m.CTL, beat)
-            except Refused as refusal:
-                log.warning("unseated: %s", refusal)
-                self._ended.set()
-                return
-            except PeerError as error:
-                log.info("the coordinator does not answer: %s", error)
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+        self._state = "syncing"
+        await self._seating.get_ready(self._engine, self._bench, self._compute)
+        self._state = "idle"
+        self._poke()
 
     # --- the log
 
@@ -341,7 +284,7 @@ class Worker:
         if item.gradient is not None:
             return DONE
         item.gradient = bytes(body)
-        self._poke()
+        self._work.set()
         return None
 
     async def _on_reduce_message(self, peer: PeerId, message: Any, body: bytearray) -> Answer:

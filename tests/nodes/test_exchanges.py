@@ -65,6 +65,23 @@ def test_more_items_than_may_be_leased_keep_coming_and_few_are_begun(tmp_path: P
     assert_each_item_once(league)
 
 
+def test_a_sample_that_is_asked_for_in_the_middle_of_a_step_does_not_wait_for_its_end(tmp_path: Path) -> None:
+    spec = spec_of(1, 2, train={"steps": 3, "batch": 80}, league={"in_flight": 40})
+    took: list[float] = []
+
+    async def sample(league: Rehearsal) -> None:
+        await league.until(lambda state: state.step == 1)
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(0.5)
+        for draw in range(4):
+            began = clock()
+            await league.control.trainer.sample([1, 2, 3], temperature=0.0, seed=draw)
+            took.append(clock() - began)
+
+    run_league(spec, tmp_path, sample, make_compute=Paced)
+    assert max(took) < 1.0, "a step takes four seconds"
+
+
 def lease(step: int, microbatch: int) -> Lease:
     return Lease(Kind.TRAIN, step, microbatch, 1, (0, 1), 0b11, 64)
 

@@ -217,9 +217,8 @@ class Trainer:
         return flight
 
     def _lease_waiting(self) -> None:
-        under_way = sum(not f.is_over for f in self._flights.values()) - len(self._waiting)
-        room, leased = self._window() - under_way, list[Flight]()
-        while self._waiting and room > 0:
+        leased = list[Flight]()
+        while self._waiting and self._has_room(self._waiting[0]):
             flight = self._waiting[0]
             route = self._route(flight)
             if route is None:
@@ -229,20 +228,25 @@ class Trainer:
                 flight.assign(stage, member)
             flight.began = flight.nudged = self._clock()
             leased.append(flight)
-            room -= 1
         self._offer(leased)
 
-    def _window(self) -> int:
-        """How many items may be leased and not over.
+    def _has_room(self, flight: Flight) -> bool:
+        """Whether one more item may be leased.
 
         Training items are leased ahead, so that offers, claims and news travel many in one message; how many of them
         are begun is the first stage's to decide. Items that nobody folds are begun as soon as they are leased: no more
-        of them than compute, and no training item ahead of them, whose step would leave them behind.
+        of them than compute, and no training items far ahead of them, whose step would leave them behind.
         """
-        replicas = [max(1, len(self.state.ready(s.index))) for s in self.state.stages]
-        if all(f.kind is Kind.TRAIN or f.is_over for f in self._flights.values()):
-            return self.spec.league.in_flight * min(replicas)
-        return started(replicas, self.spec.league.in_flight)
+        open_ = [f for f in self._flights.values() if f.revision and not f.is_over]
+        unfolded = sum(f.kind is not Kind.TRAIN for f in open_)
+        replicas, in_flight = [max(1, len(self.state.ready(s.index))) for s in self.state.stages], self._in_flight
+        if flight.kind is not Kind.TRAIN:
+            return unfolded < started(replicas, in_flight)
+        return len(open_) < (started(replicas, in_flight) if unfolded else in_flight * min(replicas))
+
+    @property
+    def _in_flight(self) -> int:
+        return self.spec.league.in_flight
 
     def _route(self, flight: Flight) -> tuple[Member, ...] | None:
         stages = [self._stage_loads(s.index, flight) for s in self.state.stages]

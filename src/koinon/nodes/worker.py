@@ -252,7 +252,9 @@ class Worker:
     async def _on_offer(self, peer: PeerId, message: m.Offer, body: bytearray) -> Answer:
         if self._claimant is None or self._courier is None:
             raise Refused("Still joining: ask again in a moment.")
-        self._claimant.wanted_soon, at = message.more, 0
+        if peer == self.state.trainer:
+            self._claimant.wanted_soon = message.more
+        at = 0
         for offered in message.items:
             ids, at = memoryview(body)[at : at + offered.nbytes], at + offered.nbytes
             if self._is_current(offered.lease):

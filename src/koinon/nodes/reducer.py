@@ -36,12 +36,14 @@ from koinon.run.events import Member
 from koinon.run.items import unpack
 from koinon.run.policies.deadlines import History, deadline, observe
 from koinon.run.spec import RunSpec
-from koinon.run.state import OpenReduce, RunState
+from koinon.run.state import OpenReduce, RunState, SeatStatus
 from koinon.units import PeerId, Seconds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_FLOOR = Seconds(3.0)
+MOMENTUM_TRIES = 3
+"""How often members that should answer are asked for optimizer state: one lost packet must not set it to zero."""
 _Slot = tuple[int, int, type[m.Message], Member]
 
 
@@ -282,14 +284,20 @@ class Reducer:
         missing = [n for n in names if n not in self._engine.momentum]
         if not missing or reduce.step == 0:
             return []
-        for seat in self._state().seats_of(self._stage):
-            if seat.member == self._member or not missing:
-                continue
-            with contextlib.suppress(PeerError):
-                self._engine.momentum |= await self._syncer.momentum(
-                    PeerId(seat.worker), self._stage, reduce.step, missing
-                )
-            missing = [n for n in missing if n not in self._engine.momentum]
+        for _ in range(MOMENTUM_TRIES):
+            silent = False
+            for seat in self._state().seats_of(self._stage):
+                if seat.member == self._member or not missing:
+                    continue
+                try:
+                    self._engine.momentum |= await self._syncer.momentum(
+                        PeerId(seat.worker), self._stage, reduce.step, missing
+                    )
+                except PeerError:
+                    silent = silent or seat.status is not SeatStatus.UNREACHABLE
+                missing = [n for n in missing if n not in self._engine.momentum]
+            if not missing or not silent:
+                break
         if missing:
             log.warning("nobody has the optimizer state of %s any more: it starts from zero", ", ".join(missing))
         return missing

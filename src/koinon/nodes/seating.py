@@ -27,7 +27,7 @@ HEARTBEAT_SECONDS = 1.0
 
 
 class Seating:
-    """`telemetry`: what heartbeats carry. `unseated`: called once the coordinator no longer knows this member."""
+    """`telemetry`: what heartbeats carry."""
 
     def __init__(
         self,
@@ -38,33 +38,40 @@ class Seating:
         follower: RunFollower,
         syncer: Syncer,
         telemetry: Callable[[], m.Telemetry],
-        unseated: Callable[[], None],
     ) -> None:
         self._transport, self._coordinator, self._account, self._wanted = transport, coordinator, account, stage
-        self._follower, self._syncer, self._telemetry, self._unseated = follower, syncer, telemetry, unseated
+        self._follower, self._syncer, self._telemetry = follower, syncer, telemetry
         self._syncing = asyncio.Lock()
 
     async def take(self, addresses: tuple[str, ...]) -> tuple[m.Welcome, RunSpec, Engine, asyncio.Task[None]]:
-        """Ask for a seat and get its stage's state; the task tells that we live. If the last member that had the state
-        dies meanwhile, ask again: the stage may have to be founded anew, or loaded from this very disk."""
+        """Ask for a seat and get its stage's state; the task tells that we live, and ends when we are unseated.
+
+        If that happens already here, or the last member that had the state dies, ask again: the stage may have to be
+        founded anew, or loaded from this very disk.
+        """
         while True:
             welcome = await self._join(addresses)
-            await self._follower.start(addresses)
-            while Member(welcome.member) not in self._follower.state.seats:
-                await asyncio.sleep(0.01)
-            beats = asyncio.create_task(self._heartbeats(welcome.member))
-            spec = RunSpec.parse(welcome.spec)
+            spec, beats = RunSpec.parse(welcome.spec), asyncio.create_task(self._heartbeats(welcome.member))
+            beginning = asyncio.create_task(self._begin(welcome, spec, addresses))
             try:
-                engine = await self._syncer.begin(welcome, spec, self._follower)
+                await asyncio.wait((beats, beginning), return_when=asyncio.FIRST_COMPLETED)
+                if beginning.done():
+                    return welcome, spec, beginning.result(), beats
             except NothingToResume as error:
                 log.info("%s", error)
-                beats.cancel()
-                await asyncio.sleep(0.1)
-                continue
             except BaseException:
                 beats.cancel()
                 raise
-            return welcome, spec, engine, beats
+            finally:
+                beginning.cancel()
+            beats.cancel()
+            await asyncio.sleep(0.1)
+
+    async def _begin(self, welcome: m.Welcome, spec: RunSpec, addresses: tuple[str, ...]) -> Engine:
+        await self._follower.start(addresses)
+        while Member(welcome.member) not in self._follower.state.seats:
+            await asyncio.sleep(0.01)
+        return await self._syncer.begin(welcome, spec, self._follower)
 
     async def get_ready(self, engine: Engine, bench: Workbench, compute: Compute) -> None:
         """Fetch until the coordinator agrees that this member has what the stage has.
@@ -94,13 +101,13 @@ class Seating:
         return welcome
 
     async def _heartbeats(self, member: int) -> None:
+        """Until the coordinator no longer knows this member."""
         while True:
             beat = m.Heartbeat(member, self._telemetry())
             try:
                 await self._transport.request(self._coordinator, m.CTL, beat)
             except Refused as refusal:
                 log.warning("unseated: %s", refusal)
-                self._unseated()
                 return
             except PeerError as error:
                 log.info("the coordinator does not answer: %s", error)

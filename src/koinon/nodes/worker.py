@@ -85,7 +85,6 @@ class Worker:
             self._follower,
             self._syncer,
             self._telemetry_now,
-            self._ended.set,
         )
         self._register(board)
 
@@ -109,6 +108,7 @@ class Worker:
         self._follower.listen(self._on_event)
         welcome, spec, engine, beats = await self._seating.take(addresses)
         self._adopt(beats)
+        beats.add_done_callback(lambda _: self._ended.set())
         self._engine = engine
         self._bench = bench = Workbench(
             welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight

@@ -1,6 +1,7 @@
 """A worker vanishes at any point of a step; with one worker per stage or two, the run ends as if it had not.
 
-Real nodes and real arithmetic over the in-memory twin, in virtual time. tests/chaos does the same with processes.
+Real nodes and real arithmetic over the in-memory twin, in virtual time, in which computing takes time: a run must not
+be over before the second replicas have joined it. tests/chaos does the same with processes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from koinon.run import events as ev
 from koinon.run.items import unpack
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase
+from tests.nodes.leagues import Paced
 from tests.twin import TwinLeague
 
 STEPS, MICROBATCHES = 10, 4
@@ -36,7 +38,7 @@ def spec_of(replicas: int) -> RunSpec:
 
 def run_league(path: Path, replicas: int, plan: dict[tuple[int, int], set[tuple[Point, int]]]) -> TwinLeague:
     async def go() -> TwinLeague:
-        async with TwinLeague(spec_of(replicas), path, plan=plan) as league:
+        async with TwinLeague(spec_of(replicas), path, plan=plan, make_compute=Paced) as league:
             await asyncio.wait_for(league.trained(), 300)
             return league
 

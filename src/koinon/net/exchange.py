@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,6 +73,8 @@ class Exchange(ABC):
         self.key, self.gate = key, gate
         self.boot = secrets.token_hex(8)
         self.deadlines = Deadlines()
+        self.asked: Counter[str] = Counter()
+        """Exchanges with other nodes that were begun here, by kind of message. What they cost goes by their number."""
         self._hello = hello or Hello()
         self._edges = Edges()
         self._services: dict[str, Service] = {}
@@ -151,6 +154,8 @@ class Exchange(ABC):
     async def _exchange(self, call: Call, deadline: Seconds | None) -> Reply:
         clock = asyncio.get_running_loop().time
         started = clock()
+        if call.peer != self.me:
+            self.asked[type(call.header).__name__] += 1
         wait = deadline or self.deadlines.of(call.edge, len(call.body)) + CONNECT
         try:
             async with asyncio.timeout(wait.value) as timeout:

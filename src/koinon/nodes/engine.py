@@ -235,24 +235,32 @@ class Engine:
 
     # --- the reduce
 
-    def gradients(self, names: Sequence[str]) -> bytes:
-        """This worker's accumulated gradient of these tensors, one after the other, fp32."""
+    def accumulated(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """This worker's gradient of these tensors, as it stands and where it lies."""
         trained = self.stage.trained()
-        return b"".join(
-            _bytes(p.grad if p.grad is not None else torch.zeros_like(p)) for p in (trained[n] for n in names)
-        )
+        parameters = {name: trained[name] for name in names}
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
 
-    def summed(self, names: Sequence[str], slices: Sequence[bytes | bytearray]) -> dict[str, Tensor]:
-        """Sum of the members' slices in the order given. Raises FrameMalformed naming the index of a bad slice."""
-        total: Tensor | None = None
+    def gradients(self, names: Sequence[str]) -> bytes:
+        """The same as bytes, one tensor after the other, fp32."""
+        return b"".join(map(_bytes, self.accumulated(names).values()))
+
+    def summed(self, names: Sequence[str], slices: Sequence[bytes | bytearray | None]) -> dict[str, Tensor]:
+        """Sum of the members' slices in the order given; None stands for what lies in this worker's own accumulators,
+        which are read where they are. Raises FrameMalformed naming the index of a bad slice."""
+        total: dict[str, Tensor] = {}
         for index, piece in enumerate(slices):
-            flat = torch.frombuffer(bytearray(piece), dtype=torch.float32) if piece else torch.zeros(0)
-            if flat.numel() * 4 != sum(self.sizes[n] for n in names) or not torch.isfinite(flat).all():
+            part = self.accumulated(names) if piece is None else self._slice(names, piece)
+            if part is None or not all(torch.isfinite(tensor).all() for tensor in part.values()):
                 raise FrameMalformed(f"slice {index} is not a finite gradient of the right size")
-            total = flat.clone() if total is None else total.add_(flat)
-        if total is None:
-            total = torch.zeros(sum(self.sizes[n] for n in names) // 4)
-        return self.split(names, total)
+            total = {name: total[name] + part[name] for name in names} if total else part
+        return total or {name: torch.zeros_like(self.stage.trained()[name]) for name in names}
+
+    def _slice(self, names: Sequence[str], piece: bytes | bytearray) -> dict[str, Tensor] | None:
+        """Another member's slice, read where it lies; None if it is of the wrong size."""
+        if len(piece) != sum(self.sizes[n] for n in names):
+            return None
+        return self.split(names, torch.frombuffer(piece, dtype=torch.float32) if piece else torch.zeros(0))
 
     def split(self, names: Sequence[str], flat: Tensor) -> dict[str, Tensor]:
         """A flat tensor as the named tensors, in order."""
@@ -380,4 +388,4 @@ def warm_up() -> None:
     _, gradient = last.finish(key, 0, ids, ids, first.forward(key, 0, ids, None, train=True), 4, fold=True)
     assert gradient is not None
     first.backward(key, 0, ids, None, gradient, fold=True)
-    first.update(first.summed(first.names, [first.gradients(first.names)]), 1.0)
+    first.update(first.summed(first.names, [None]), 1.0)

@@ -114,11 +114,16 @@ class Flight:
         )
 
 
-def packed_ids(tokens: NDArray[np.int32], vocab: int) -> tuple[Ids, bytes]:
-    """Ids in the narrowest unsigned integers that hold the vocabulary: they ride along with every microbatch."""
+def ids_of(tokens: NDArray[np.int32], vocab: int) -> Ids:
+    """The narrowest unsigned integers that hold the vocabulary: ids ride along with every microbatch."""
     width = 1 if vocab <= 1 << 8 else 2 if vocab <= 1 << 16 else 4
     sequences, length = tokens.shape
-    return Ids(sequences, length, width), tokens.astype(f"<u{width}").tobytes()
+    return Ids(sequences, length, width)
+
+
+def packed_ids(tokens: NDArray[np.int32], ids: Ids) -> bytes:
+    """The tokens in the form that `ids` says."""
+    return tokens.astype(f"<u{ids.width}").tobytes()
 
 
 def unpacked_ids(ids: Ids, body: bytes | bytearray | memoryview, vocab: int, lengths: range) -> NDArray[np.int64]:

@@ -70,11 +70,27 @@ class Ids(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 # --- WORK: pushes. Answered by a verdict of the transport.
 
 
-class Offer(Message, frozen=True):
-    """Trainer to worker: work, or a new revision of work it has. Body: ids."""
+OFFERED_AT_ONCE = 64
+"""Items in one offer: some 150 bytes of header each, and a header is at most 64 KB."""
+
+
+class Offered(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One item of an offer. `ids`: None where they come with the coefficients of the stage before."""
 
     lease: Lease
-    ids: Ids
+    ids: Ids | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.ids is None else self.ids.nbytes
+
+
+class Offer(Message, frozen=True):
+    """Trainer to worker: work, or new revisions of work it has. Body: the ids, item by item."""
+
+    items: tuple[Offered, ...]
+    more: bool
+    """The trainer holds further items back until some of these are finished, so it wants to know soon."""
     nbytes: int
 
 

@@ -23,7 +23,8 @@ from koinon.units import PeerId, Seconds
 
 BATCH_BYTES = 32 * 1024
 """Records in one push: well under the largest header a frame may have."""
-LINGER = Seconds(0.1)
+LINGER = Seconds(1.0)
+"""How long a record may wait for company on its way to those who need not act on it."""
 REMEMBERED = 4096
 """Records kept in memory for followers that keep up."""
 
@@ -35,6 +36,7 @@ class Publisher:
         self._cursors: dict[PeerId, int] = {}
         self._followers: dict[PeerId, asyncio.Task[None]] = {}
         self._due: dict[PeerId, asyncio.Event] = {}
+        self._timers: dict[PeerId, asyncio.TimerHandle] = {}
 
     def add(self, peer: PeerId, first: int) -> None:
         """Send the log to `peer` from record `first` on; replaces an earlier wish."""
@@ -45,6 +47,7 @@ class Publisher:
     def remove(self, peer: PeerId) -> None:
         self._cursors.pop(peer, None)
         self._due.pop(peer, None)
+        self._stop_timer(peer)
         if task := self._followers.pop(peer, None):
             task.cancel()
 
@@ -61,8 +64,8 @@ class Publisher:
         for peer, due in self._due.items():
             if is_urgent(peer):
                 due.set()
-            elif not due.is_set():
-                asyncio.get_running_loop().call_later(LINGER.value, due.set)
+            elif not due.is_set() and peer not in self._timers:
+                self._timers[peer] = asyncio.get_running_loop().call_later(LINGER.value, due.set)
 
     def close(self) -> None:
         for peer in list(self._followers):
@@ -73,6 +76,7 @@ class Publisher:
         self._cursors[peer] = cursor
         while True:
             due.clear()
+            self._stop_timer(peer)
             while batch := list(self._batch(cursor)):
                 try:
                     reply = await self._transport.request(peer, m.CTL, m.Records(cursor, tuple(batch)))
@@ -84,6 +88,10 @@ class Publisher:
                 cursor, pause = max(1, reply.header.next), 0.1
                 self._cursors[peer] = cursor
             await due.wait()
+
+    def _stop_timer(self, peer: PeerId) -> None:
+        if timer := self._timers.pop(peer, None):
+            timer.cancel()
 
     def _batch(self, cursor: int) -> Iterator[bytes]:
         size = 0

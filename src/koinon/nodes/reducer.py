@@ -36,12 +36,14 @@ from koinon.run.events import Member
 from koinon.run.items import unpack
 from koinon.run.policies.deadlines import History, deadline, observe
 from koinon.run.spec import RunSpec
-from koinon.run.state import OpenReduce, RunState
+from koinon.run.state import OpenReduce, RunState, SeatStatus
 from koinon.units import PeerId, Seconds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_FLOOR = Seconds(3.0)
+MOMENTUM_TRIES = 3
+"""How often members that should answer are asked for optimizer state: one lost packet must not set it to zero."""
 _Slot = tuple[int, int, type[m.Message], Member]
 
 
@@ -156,20 +158,15 @@ class Reducer:
             if me in contributors:
                 await self._send_slices(reduce, shares, pushes)
             self._reach(Point.SLICED, reduce.step)
-            summed = await self._sum(reduce, shares, contributors)
+            summed, squared = await self._sum(reduce, shares, contributors)
             lost = await self._ensure_momentum(reduce, shares.summed[me])
-            norm = await self._norm(reduce, shares, summed, pushes)
-            penalised = await self._compute.run(engine.penalised_squares)
+            norm = await self._norm(reduce, shares, squared, pushes)
             weights, states = await self._compute.run(lambda: engine.update(summed, norm))
-            mine = await self._compute.run(lambda: engine.sent(shares.owned[me], weights))
-            for other in reduce.members:
-                if other != me and shares.owned[me]:
-                    header = m.Updated(self._stage, reduce.step, reduce.attempt, len(mine))
-                    pushes.create_task(self._push(reduce, other, header, mine))
+            await self._send_updated(reduce, shares, weights, pushes)
             self._reach(Point.UPDATED, reduce.step)
             whole = await self._gather(reduce, shares, weights)
             await self._check_as_second(reduce, shares, weights, whole)
-            held = await self._compute.run(lambda: self._hold(reduce, whole, states))
+            held, penalised = await self._compute.run(lambda: self._hold(reduce, whole, states))
         self._reach(Point.HELD, reduce.step)
         message = m.Held(
             me, self._stage, reduce.step, reduce.attempt, held.root, norm, penalised, tuple(lost)
@@ -185,24 +182,40 @@ class Reducer:
             header = m.Slice(self._stage, reduce.step, reduce.attempt, len(body))
             pushes.create_task(self._push(reduce, other, header, body))
 
-    async def _sum(self, reduce: OpenReduce, shares: Shares, contributors: list[Member]) -> dict[str, Tensor]:
-        names, slices = shares.summed[self._member], []
-        for member in contributors:
-            if member == self._member:
-                slices.append(await self._compute.run(lambda: self._engine.gradients(names)))
-            elif names:
-                slices.append(bytes(await self._awaited(reduce, m.Slice, member)))
+    async def _send_updated(
+        self, reduce: OpenReduce, shares: Shares, weights: dict[str, Tensor], pushes: asyncio.TaskGroup
+    ) -> None:
+        names = shares.owned[self._member]
+        others = [member for member in reduce.members if member != self._member]
+        if not names or not others:
+            return
+        mine = await self._compute.run(lambda: self._engine.sent(names, weights))
+        for other in others:
+            header = m.Updated(self._stage, reduce.step, reduce.attempt, len(mine))
+            pushes.create_task(self._push(reduce, other, header, mine))
+
+    async def _sum(
+        self, reduce: OpenReduce, shares: Shares, contributors: list[Member]
+    ) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+        """The cost's gradient of what this member sums, and the sums of squares of what it owns of that."""
+        names, mine = shares.summed[self._member], shares.owned[self._member]
+        slices: list[bytearray | None] = []
+        for member in contributors if names else ():
+            slices.append(None if member == self._member else await self._awaited(reduce, m.Slice, member))
         if not names:
-            return {}
+            return {}, ()
         # A stage that went without dropped items divides by the tokens it really folded.
         folded = sum(len(unpack(bitmap)) for bitmap in reduce.sets)
         scale = self._state().microbatches / folded if folded else 0.0
         tokens = folded * self._spec.train.microbatch * self._spec.model.context
         engine = self._engine
+
+        def sum_up() -> tuple[dict[str, Tensor], tuple[float, ...]]:
+            gradients = engine.cost_gradients(engine.summed(names, slices), scale, max(1, tokens))
+            return gradients, squares({name: gradients[name] for name in mine})
+
         try:
-            return await self._compute.run(
-                lambda: engine.cost_gradients(engine.summed(names, slices), scale, max(1, tokens))
-            )
+            return await self._compute.run(sum_up)
         except FrameMalformed as error:
             culprit = contributors[int(str(error).split()[1])]
             if contributors == [self._member]:
@@ -211,11 +224,10 @@ class Reducer:
             raise
 
     async def _norm(
-        self, reduce: OpenReduce, shares: Shares, summed: dict[str, Tensor], pushes: asyncio.TaskGroup
+        self, reduce: OpenReduce, shares: Shares, mine: tuple[float, ...], pushes: asyncio.TaskGroup
     ) -> float:
         """L2 norm of the stage's whole gradient, from every owner's tensors."""
         me = self._member
-        mine = squares({name: summed[name] for name in shares.owned[me]})
         for other in reduce.members:
             if other != me and mine:
                 header = m.Norms(self._stage, reduce.step, reduce.attempt, mine)
@@ -257,26 +269,32 @@ class Reducer:
                 await self._complain(reduce, other, "another update from the same slices", tensor, error)
                 raise FrameMalformed(f"member {other} updated {tensor} differently")
 
-    def _hold(self, reduce: OpenReduce, weights: dict[str, Tensor], momentum: dict[str, Any]) -> Prepared:
-        """Write the outcome down before anyone may rely on it."""
+    def _hold(self, reduce: OpenReduce, weights: dict[str, Tensor], momentum: dict[str, Any]) -> tuple[Prepared, float]:
+        """Write the outcome down before anyone may rely on it. Returns J's penalty of the weights before, too."""
         prepared = self._engine.prepare(weights, momentum)
         self._syncer.save(self._engine, prepared)
         self._prepared[reduce.step, reduce.attempt] = prepared
-        return prepared
+        return prepared, self._engine.penalised_squares()
 
     async def _ensure_momentum(self, reduce: OpenReduce, names: tuple[str, ...]) -> list[str]:
         """Fetch optimizer state that we are to use for the first time; returns what nobody has any more."""
         missing = [n for n in names if n not in self._engine.momentum]
         if not missing or reduce.step == 0:
             return []
-        for seat in self._state().seats_of(self._stage):
-            if seat.member == self._member or not missing:
-                continue
-            with contextlib.suppress(PeerError):
-                self._engine.momentum |= await self._syncer.momentum(
-                    PeerId(seat.worker), self._stage, reduce.step, missing
-                )
-            missing = [n for n in missing if n not in self._engine.momentum]
+        for _ in range(MOMENTUM_TRIES):
+            silent = False
+            for seat in self._state().seats_of(self._stage):
+                if seat.member == self._member or not missing:
+                    continue
+                try:
+                    self._engine.momentum |= await self._syncer.momentum(
+                        PeerId(seat.worker), self._stage, reduce.step, missing
+                    )
+                except PeerError:
+                    silent = silent or seat.status is not SeatStatus.UNREACHABLE
+                missing = [n for n in missing if n not in self._engine.momentum]
+            if not missing or not silent:
+                break
         if missing:
             log.warning("nobody has the optimizer state of %s any more: it starts from zero", ", ".join(missing))
         return missing

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from koinon.net.identity import NodeKey
 from koinon.net.transport import Answer, Transport
 from koinon.nodes import messages as m
 from koinon.nodes.clock import loop_time
-from koinon.nodes.flight import NOBODY, Flight, packed_ids
+from koinon.nodes.flight import NOBODY, Flight, ids_of, packed_ids
 from koinon.nodes.follower import RunFollower, insist
 from koinon.nodes.messages import Kind
 from koinon.nodes.switchboard import Switchboard
@@ -28,11 +28,12 @@ from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.items import pack
 from koinon.run.policies.deadlines import History, deadline, observe
-from koinon.run.policies.routes import WorkerLoad, pick_route, replacement, window
+from koinon.run.policies.routes import WorkerLoad, pick_route, replacement, started
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, Seat
 from koinon.units import PeerId, Seconds
 
+T = TypeVar("T")
 LEASE_DOMAIN = "koinon/lease/1"
 FLIGHT_FLOOR = Seconds(10.0)
 """No microbatch is called late before that."""
@@ -216,25 +217,36 @@ class Trainer:
         return flight
 
     def _lease_waiting(self) -> None:
-        under_way = sum(not f.is_over for f in self._flights.values()) - len(self._waiting)
-        room = self._window() - under_way
-        while self._waiting and room > 0:
+        leased = list[Flight]()
+        while self._waiting and self._has_room(self._waiting[0]):
             flight = self._waiting[0]
             route = self._route(flight)
             if route is None:
-                return  # a stage is empty: it refills, and then we are woken
+                break  # a stage is empty: it refills, and then we are woken
             self._waiting.popleft()
             for stage, member in enumerate(route):
                 flight.assign(stage, member)
             flight.began = flight.nudged = self._clock()
-            self._offer(flight, [route[0]])
-            room -= 1
+            leased.append(flight)
+        self._offer(leased)
 
-    def _window(self) -> int:
-        replicas = [max(1, len(self.state.ready(s.index))) for s in self.state.stages]
-        # One more for each pipeline than computes: that an item is finished is told with the next claim, not at once.
-        depth, held = window(replicas, self.spec.league.in_flight), self.spec.league.in_flight * min(replicas)
-        return min(depth + min(replicas), held)
+    def _has_room(self, flight: Flight) -> bool:
+        """Whether one more item may be leased.
+
+        Training items are leased ahead, so that offers, claims and news travel many in one message; how many of them
+        are begun is the first stage's to decide. Items that nobody folds are begun as soon as they are leased: no more
+        of them than compute, and no training items far ahead of them, whose step would leave them behind.
+        """
+        open_ = [f for f in self._flights.values() if f.revision and not f.is_over]
+        unfolded = sum(f.kind is not Kind.TRAIN for f in open_)
+        replicas, in_flight = [max(1, len(self.state.ready(s.index))) for s in self.state.stages], self._in_flight
+        if flight.kind is not Kind.TRAIN:
+            return unfolded < started(replicas, in_flight)
+        return len(open_) < (started(replicas, in_flight) if unfolded else in_flight * min(replicas))
+
+    @property
+    def _in_flight(self) -> int:
+        return self.spec.league.in_flight
 
     def _route(self, flight: Flight) -> tuple[Member, ...] | None:
         stages = [self._stage_loads(s.index, flight) for s in self.state.stages]
@@ -260,6 +272,7 @@ class Trainer:
 
     def _reroute(self) -> None:
         """Give the items of lost members to others, or to those who came instead."""
+        moved = []
         for flight in list(self._flights.values()):
             if flight.revision == 0 or flight.is_routed or (flight.is_over and flight.kind is not Kind.TRAIN):
                 continue
@@ -267,7 +280,8 @@ class Trainer:
                 continue  # nothing hangs on it any more
             if not all(self._reassign(flight, s) for s, mem in enumerate(flight.route) if mem == NOBODY):
                 continue
-            self._offer(flight, flight.route)
+            moved.append(flight)
+        self._offer(moved, whole=True)
 
     def _reassign(self, flight: Flight, stage: int) -> bool:
         if len(flight.accounts[stage] - {""}) >= FAILURES_ALLOWED and not flight.committed[stage]:
@@ -287,18 +301,28 @@ class Trainer:
         for stage in stages:
             flight.done[stage] = True
 
-    def _offer(self, flight: Flight, members: list[Member] | tuple[Member, ...]) -> None:
-        lease = flight.lease(self.spec.train.batch * self.spec.model.context)
-        lease = m.signed(lease, self._key.sign(LEASE_DOMAIN, lease.unsigned()))
-        ids, body = packed_ids(flight.tokens, self.spec.model.vocab)
-        offer = m.Offer(lease, ids, len(body))
-        for member in dict.fromkeys(members):
-            self._spawn(self._deliver(flight, member, offer, body))
+    def _offer(self, flights: Sequence[Flight], *, whole: bool = False) -> None:
+        """Tell everyone on the routes. New items reach later stages' members as leases, to be claimed all at once;
+        their ids come from the stage before. `whole`: with ids for all, who may have lost their neighbours."""
+        offers: dict[Member, list[tuple[Flight, m.Offered]]] = {}
+        for flight in flights:
+            lease = flight.lease(self.spec.train.batch * self.spec.model.context)
+            lease = m.signed(lease, self._key.sign(LEASE_DOMAIN, lease.unsigned()))
+            ids = ids_of(flight.tokens, self.spec.model.vocab)
+            claimed = flight.kind is Kind.TRAIN
+            for member in dict.fromkeys(flight.route if whole or claimed else flight.route[:1]):
+                carried = ids if whole or member == flight.route[0] else None
+                offers.setdefault(member, []).append((flight, m.Offered(lease, carried)))
+        for member, items in offers.items():
+            for some in batched(items, m.OFFERED_AT_ONCE):
+                self._spawn(self._deliver(member, some))
 
-    async def _deliver(self, flight: Flight, member: Member, offer: m.Offer, body: bytes) -> None:
-        """Until the worker has it, or the offer is out of date."""
+    async def _deliver(self, member: Member, items: Sequence[tuple[Flight, m.Offered]]) -> None:
+        """Until the worker has them, or no offer is up to date."""
         pause = 0.05
-        while flight.revision == offer.lease.revision and member in flight.route:
+        while items := [(f, o) for f, o in items if f.revision == o.lease.revision and member in f.route]:
+            body = b"".join(packed_ids(f.tokens, o.ids) for f, o in items if o.ids is not None)
+            offer = m.Offer(tuple(o for _, o in items), bool(self._waiting), len(body))
             try:
                 await self._transport.push(PeerId(self.state.seats[member].worker), m.WORK, offer, body)
             except PeerError:
@@ -377,12 +401,13 @@ class Trainer:
 
     def _nudge_late(self) -> None:
         """A microbatch that has not moved for long: offer it to all on its route again. Repeats are harmless."""
-        now, allowed = self._clock(), deadline(self._durations, floor=FLIGHT_FLOOR).value
+        now, allowed, late = self._clock(), deadline(self._durations, floor=FLIGHT_FLOOR).value, []
         for flight in self._flights.values():
             if flight.revision and flight.is_routed and not flight.is_over and now - flight.nudged > allowed:
                 flight.nudged = now
                 flight.revision += 1
-                self._offer(flight, flight.route)
+                late.append(flight)
+        self._offer(late, whole=True)
 
     # --- sampling
 
@@ -419,6 +444,11 @@ class Trainer:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) and not isinstance(error, Refused):
             raise error
+
+
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Slices of at most that many."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _joined(ids: Any, targets: Any) -> Any:

@@ -89,6 +89,9 @@ class Workbench:
     step: int = 0
     capacity: int = 16
     """Items that may be here unfinished. A forward beyond it is asked to wait; a backward never is."""
+    begun_at_once: int = 1
+    """Training items of a step that the first stage may have begun and not folded: what is leased ahead of them waits
+    there, where nothing is kept for it yet. Later stages begin what comes."""
     items: dict[Key, Item] = field(default_factory=dict)
     emptying: int = 0
     voids: int = 0
@@ -122,8 +125,15 @@ class Workbench:
         return item.lease.kind is Kind.TRAIN and item.lease.folds_at(self.stage) and item.lease.step >= self.step
 
     def admits(self, key: Key) -> bool:
-        """Whether a forward may come in: its backward's slot is reserved with it. A twin takes no second slot."""
-        return key in self.items or sum(not item.is_done for item in self.items.values()) < self.capacity
+        """Whether a forward may come in: its backward's slot is reserved with it. A twin takes no second slot.
+
+        Later steps take no room from earlier ones: they cannot run before them, and would keep them out for ever.
+        """
+        item = self.items.get(key)
+        if item is not None and item.entered is not None:
+            return True
+        open_ = (i for i in self.items.values() if i.entered is not None and not i.is_done and self.is_mine(i))
+        return sum(i.lease.step <= key[1] for i in open_) < self.capacity
 
     def has_open_items(self) -> bool:
         """Whether a training item of this step is here that is not folded yet."""
@@ -133,15 +143,16 @@ class Workbench:
         )
 
     def claimable(self) -> Iterator[Item]:
-        """Items that are ready to be folded but for the claim."""
+        """Items of this step that are leased to this worker to fold, and not asked for yet."""
         for item in self.items.values():
-            if item.claim is not ClaimState.NONE or item.is_done or not self.is_mine(item) or not self.folds(item):
+            if item.claim is not ClaimState.NONE or item.lease.step != self.step or item.is_done:
                 continue
-            if item.lease.step == self.step and self._has_input(item) and (self.is_last or item.gradient is not None):
+            if self.is_mine(item) and self.folds(item):
                 yield item
 
     def jobs(self) -> Iterator[Job]:
         """Everything that could be computed now."""
+        may_begin = not self.is_first or self._begun() < self.begun_at_once
         for item in self.items.values():
             if not self._is_ready(item):
                 continue
@@ -149,7 +160,8 @@ class Workbench:
                 if not item.is_done and self._may_run(item):
                     yield Job(JobKind.FINISH, item)
             elif item.left is None:
-                yield Job(JobKind.FORWARD, item)
+                if may_begin or item.lease.kind is not Kind.TRAIN or not self.folds(item):
+                    yield Job(JobKind.FORWARD, item)
             elif item.gradient is not None and not item.is_done and self._may_run(item):
                 yield Job(JobKind.BACKWARD, item)
 
@@ -168,6 +180,12 @@ class Workbench:
             if item.lease.kind is Kind.TRAIN and item.lease.step == step:
                 item.claim, item.is_done = ClaimState.NONE, False
 
+    def drop(self, step: int, microbatch: int) -> None:
+        """The stage goes without this item: it is not folded here any more, and nothing waits for it."""
+        item = self.items.get((int(Kind.TRAIN), step, microbatch))
+        if item is not None:
+            item.is_done = True
+
     def emptied(self) -> None:
         """The accumulators are empty, once for each `void`."""
         self.emptying -= 1
@@ -182,6 +200,14 @@ class Workbench:
         for key in old:
             del self.items[key]
         return old
+
+    def _begun(self) -> int:
+        """Items of this step that are on their way through the later stages, or came back and wait to be folded."""
+        return sum(
+            item.left is not None and not item.is_done and item.lease.step == self.step
+            for item in self.items.values()
+            if item.lease.kind is Kind.TRAIN and self.is_mine(item) and self.folds(item)
+        )
 
     def _may_run(self, item: Item) -> bool:
         """What is folded needs a claim; what is only re-executed does not."""

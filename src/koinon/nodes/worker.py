@@ -9,40 +9,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from koinon.errors import DiskFull, FrameMalformed, KoinonError, NothingToResume, NumericsError, PeerError, Refused
+from koinon.errors import DiskFull, FrameMalformed, KoinonError, NumericsError, PeerError, Refused
 from koinon.model.codec import nbytes
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
 from koinon.nodes import messages as m
+from koinon.nodes.claims import Claimant
 from koinon.nodes.compute import Compute
 from koinon.nodes.counters import Counters
+from koinon.nodes.courier import Courier
 from koinon.nodes.engine import Engine
 from koinon.nodes.faults import Point, Reach, nothing
-from koinon.nodes.flight import packed_ids, unpacked_ids
-from koinon.nodes.follower import RunFollower, insist
+from koinon.nodes.flight import unpacked_ids
+from koinon.nodes.follower import RunFollower
 from koinon.nodes.messages import Kind
 from koinon.nodes.reducer import Reducer
 from koinon.nodes.report import Report
+from koinon.nodes.seating import Seating
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.syncer import Syncer
 from koinon.nodes.trainer import LEASE_DOMAIN
-from koinon.nodes.workbench import ClaimState, Item, Job, JobKind, Workbench
+from koinon.nodes.workbench import Item, Job, JobKind, Workbench
 from koinon.run import events as ev
 from koinon.run.events import Member
-from koinon.run.spec import RunSpec
+from koinon.run.policies.routes import started
 from koinon.run.state import Phase, RunState, SeatStatus
 from koinon.units import PeerId, RunId, Seconds
 
 log = logging.getLogger(__name__)
-HEARTBEAT_SECONDS = 1.0
 FAREWELL = Seconds(1.0)
-FINISHED_LINGER = Seconds(0.05)
 
 
 def _predicts(lease: m.Lease) -> int:
@@ -70,22 +70,29 @@ class Worker:
     ) -> None:
         """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given."""
         self._transport, self._key, self._compute, self._reach = transport, key, compute, reach
-        self._coordinator, self._account, self._wanted = coordinator, account, stage
-        self._addresses: tuple[str, ...] = ()
+        self._coordinator = coordinator
         self._follower = RunFollower(transport, board, coordinator, run)
         self._syncer = Syncer(transport, board, compute, directory, secret)
         self._engine: Engine | None = None
         self._bench: Workbench | None = None
         self._reducer: Reducer | None = None
         self._work = asyncio.Event()
-        self._claims = asyncio.Event()
-        self._finished: list[m.Finished] = []
+        self._claimant: Claimant | None = None
+        self._courier: Courier | None = None
         self._ended = asyncio.Event()
         self._goodbye = False
-        self._syncing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = Counters()
         self._state = "joining"
+        self._seating = Seating(
+            transport,
+            coordinator,
+            account,
+            stage,
+            self._follower,
+            self._syncer,
+            self._telemetry_now,
+        )
         self._register(board)
 
     @property
@@ -120,11 +127,18 @@ class Worker:
 
     async def run(self, addresses: tuple[str, ...]) -> None:
         """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin."""
-        self._addresses = addresses
         self._follower.listen(self._on_event)
-        welcome, spec, engine = await self._take_seat()
+        welcome, spec, engine, beats = await self._seating.take(addresses)
+        self._adopt(beats)
+        beats.add_done_callback(lambda _: self._ended.set())
         self._engine = engine
-        self._bench = Workbench(welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight)
+        self._bench = bench = Workbench(
+            welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight
+        )
+        self._claimant = Claimant(bench, self._transport, lambda: self.state, self._work, self._reach)
+        self._courier = Courier(
+            bench, self._transport, lambda: self.state, self._telemetry, spec.model.vocab, self._spawn
+        )
         self._reducer = Reducer(
             spec,
             engine,
@@ -143,7 +157,7 @@ class Worker:
         ).total.count
         self._spawn(self._get_ready())
         self._spawn(self._compute_loop())
-        self._spawn(self._claim_loop())
+        self._spawn(self._claimant.run())
         try:
             await self._ended.wait()
         finally:
@@ -161,85 +175,20 @@ class Worker:
         self._goodbye = True
         self._ended.set()
 
-    async def _take_seat(self) -> tuple[m.Welcome, RunSpec, Engine]:
-        """Ask for a seat and get its stage's state. If the last member that had it dies meanwhile, ask again: the stage
-        may have to be founded anew, or loaded from this very disk."""
-        while True:
-            welcome = await self._join()
-            await self._follower.start(self._addresses)
-            while Member(welcome.member) not in self.state.seats:
-                await asyncio.sleep(0.01)
-            beats = asyncio.create_task(self._heartbeats(welcome.member))
-            self._state = "syncing"
-            spec = RunSpec.parse(welcome.spec)
-            try:
-                engine = await self._syncer.begin(welcome, spec, self._follower)
-            except NothingToResume as error:
-                log.info("%s", error)
-                beats.cancel()
-                await asyncio.sleep(0.1)
-                continue
-            except DiskFull as error:  # its own text log may have no room to say so
-                await self._tell_broken(welcome.member, welcome.stage, error)
-                beats.cancel()
-                raise
-            except BaseException:
-                beats.cancel()
-                raise
-            self._adopt(beats)
-            return welcome, spec, engine
-
-    async def _join(self) -> m.Welcome:
-        stage, have = self._syncer.inventory(self._wanted)
-        message = m.Join(self._account, self._addresses, secrets.token_hex(8), stage, have)
-        welcome = await insist(self._transport, self._coordinator, m.JOIN, message)
-        assert isinstance(welcome, m.Welcome)
-        return welcome
-
     async def _get_ready(self) -> None:
-        """Fetch until the coordinator agrees that this member has what the stage has.
-
-        One at a time: a fetch that ends when the member is at work again would throw away what it has folded.
-        """
-        async with self._syncing:
-            await self._fetch_until_ready()
-
-    async def _fetch_until_ready(self) -> None:
         assert self._engine and self._bench
-        while True:
-            self._state = "syncing"
-            root = await self._compute.run(lambda: self._syncer.root_of(self._engine))
-            message = m.Ready(self._bench.member, self._engine.step, root)
-            try:
-                await insist(self._transport, self._coordinator, m.CTL, message)
-            except Refused as refusal:
-                log.info("not ready yet: %s", refusal)
-                await asyncio.sleep(0.1)
-                await self._syncer.catch_up(self._engine, self._follower)
-                self._bench.step = self._engine.step
-                continue
-            self._state = "idle"
-            self._work.set()
-            return
-
-    async def _heartbeats(self, member: int) -> None:
-        while True:
-            beat = m.Heartbeat(member, self._telemetry_now())
-            try:
-                await self._transport.request(self._coordinator, m.CTL, beat)
-            except Refused as refusal:
-                log.warning("unseated: %s", refusal)
-                self._ended.set()
-                return
-            except PeerError as error:
-                log.info("the coordinator does not answer: %s", error)
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+        self._state = "syncing"
+        await self._seating.get_ready(self._engine, self._bench, self._compute)
+        self._state = "idle"
+        self._poke()
 
     # --- the log
 
     def _on_event(self, event: ev.Event, state: RunState) -> None:
         if self._bench is None or self._reducer is None or self._engine is None:
             return
+        if isinstance(event, ev.SeatReady | ev.SeatLeft | ev.Unreachable | ev.Excluded | ev.StageStepped):
+            self._members_moved(event, state)
         match event:
             case ev.Excluded(member=member, step=step) if member == self._bench.member:
                 self._void(step)
@@ -251,6 +200,8 @@ class Worker:
                 self._ended.set()
             case ev.StageStepped(stage=stage) if stage == self._bench.stage:
                 self._spawn(self._step_taken(event))
+            case ev.ItemDropped(step=step, microbatch=microbatch, stages=stages) if self._bench.stage in stages:
+                self._bench.drop(step, microbatch)
             case ev.RunCompleted() | ev.RunStopped() | ev.RunFailed() if not self._serves(state):
                 self._ended.set()
             case _:
@@ -260,13 +211,22 @@ class Worker:
             self._engine.forget(key)
         self._work.set()
 
+    def _members_moved(self, event: ev.Event, state: RunState) -> None:
+        """Fewer or more members begin fewer or more items; and a loss makes news of what is finished urgent."""
+        assert self._bench and self._claimant
+        replicas = [max(1, len(state.ready(stage.index))) for stage in state.stages]
+        self._bench.begun_at_once = -(-started(replicas, self._bench.capacity) // replicas[0])
+        if isinstance(event, ev.SeatLeft | ev.Unreachable | ev.Excluded):
+            self._claimant.hurry()
+
     def _serves(self, state: RunState) -> bool:
         return state.phase in (Phase.COMPLETE, Phase.SERVING)
 
     def _void(self, step: int) -> None:
         """Everything folded at this step is lost. From this moment no job starts until the accumulators are empty."""
-        assert self._bench
+        assert self._bench and self._claimant
         self._bench.void(step)
+        self._claimant.void(step)
         self._spawn(self._empty())
 
     async def _empty(self) -> None:
@@ -287,8 +247,7 @@ class Worker:
         self._reach(Point.COMMITTED, event.step)
         self._bench.step = self._engine.step
         self._syncer.prune(self.state.step)  # a resume goes back to a step that every stage has
-        self._work.set()
-        self._claims.set()
+        self._poke()
 
     async def _resync(self) -> None:
         assert self._engine and self._bench
@@ -304,6 +263,8 @@ class Worker:
         assert self._bench or self._engine is None
         if self._engine is None or self._reducer is None:
             raise Refused("Still joining: ask again in a moment.")
+        if isinstance(message, m.Offer):
+            return min(len(message.items), m.OFFERED_AT_ONCE) * self._reducer.item_limit
         if isinstance(message, m.Slice | m.Updated):
             return sum(self._engine.sizes.values())
         if isinstance(message, m.Forward) and self._bench and not self._bench.admits(message.lease.key):
@@ -311,11 +272,16 @@ class Worker:
         return self._reducer.item_limit
 
     async def _on_offer(self, peer: PeerId, message: m.Offer, body: bytearray) -> Answer:
-        if not self._is_current(message.lease):
-            return Drop(reason="an old step")
-        self._check_lease(message.lease)
-        item = self._take(message.lease, message.ids, memoryview(body))
-        self._route_kept(item)
+        if self._claimant is None or self._courier is None:
+            raise Refused("Still joining: ask again in a moment.")
+        if peer == self.state.trainer:
+            self._claimant.wanted_soon = message.more
+        at = 0
+        for offered in message.items:
+            ids, at = memoryview(body)[at : at + offered.nbytes], at + offered.nbytes
+            if self._is_current(offered.lease):
+                self._check_lease(peer, offered.lease)
+                self._courier.route(self._take(offered.lease, offered.ids, ids))
         self._poke()
         return None
 
@@ -323,7 +289,7 @@ class Worker:
         assert self._bench
         if not self._is_current(message.lease):
             return Drop(reason="an old step")
-        self._check_lease(message.lease)
+        self._check_lease(peer, message.lease)
         self._check_neighbour(peer, self._bench.stage - 1)
         cut = message.nbytes - message.ids.nbytes
         self._check_coefficients(message.ids.sequences * (message.ids.length - _predicts(message.lease)), cut)
@@ -338,13 +304,14 @@ class Worker:
         assert self._bench
         self._check_neighbour(peer, self._bench.stage + 1)
         item = self._bench.items.get((int(Kind.TRAIN), message.step, message.microbatch))
-        if item is None:
-            return Drop(reason="no such item here (any more)")
+        if item is None or item.ids is None:
+            # A neighbour may have read of the new route before us: its gradient is kept until we have the item, too.
+            return Busy(after_ms=50) if message.step >= self.state.step else Drop(reason="an old step")
         if item.gradient is not None:
             return DONE
         self._check_coefficients(item.ids[:, 1:].size, len(body))
         item.gradient = bytes(body)
-        self._poke()
+        self._work.set()
         return None
 
     async def _on_reduce_message(self, peer: PeerId, message: Any, body: bytearray) -> Answer:
@@ -357,8 +324,12 @@ class Worker:
             raise Refused("Still joining: ask again in a moment.")
         return lease.step >= self.state.step or lease.kind is not Kind.TRAIN
 
-    def _check_lease(self, lease: m.Lease) -> None:
+    def _check_lease(self, peer: PeerId, lease: m.Lease) -> None:
+        """The connection vouches for what the trainer itself says; what came before was checked then."""
         assert self._bench
+        known = self._bench.items.get(lease.key)
+        if peer == self.state.trainer or (known is not None and known.lease == lease):
+            return
         if len(lease.route) != self._bench.stages:
             raise Refused("The lease's route does not have one member per stage.")
         if not verify(PeerId(self.state.trainer), LEASE_DOMAIN, lease.unsigned(), lease.signature):
@@ -369,13 +340,13 @@ class Worker:
         if seat is None or seat.stage != stage:
             raise Refused(f"Only a member of stage {stage} sends that here.")
 
-    def _take(self, lease: m.Lease, ids: m.Ids, body: memoryview) -> Item:
+    def _take(self, lease: m.Lease, ids: m.Ids | None, body: memoryview) -> Item:
         assert self._bench and self._engine
         known, one_more = self._bench.items.get(lease.key), _predicts(lease)
-        if known is not None and known.ids is not None:
+        if ids is None or (known is not None and known.ids is not None):
             return self._bench.lease(lease)
         lengths = range(1 + one_more, self._engine.config.context + one_more + 1)
-        unpacked = unpacked_ids(ids, body, self._vocab(), lengths)  # before anything is noted: it may be no item
+        unpacked = unpacked_ids(ids, body, self._engine.config.vocab, lengths)  # before anything is noted
         item = self._bench.lease(lease)
         item.ids = unpacked
         return item
@@ -388,8 +359,9 @@ class Worker:
             raise FrameMalformed(f"{size} bytes are not the coefficients of {tokens} tokens in {config.codec}.")
 
     def _poke(self) -> None:
+        assert self._claimant
         self._work.set()
-        self._claims.set()
+        self._claimant.look()
 
     # --- computing
 
@@ -446,121 +418,15 @@ class Worker:
                 item.value = float(engine.sample(lease.step, ids, item.entered, temperature, seed))
 
     def _after(self, job: Job) -> None:
-        assert self._bench
+        assert self._bench and self._claimant and self._courier
         item = job.item
         self._reach(Point.FORWARDED if job.kind is JobKind.FORWARD else Point.FOLDED, item.lease.step)
-        if job.kind is JobKind.FORWARD:
-            if item.gradient is not None:
-                self._claims.set()
-        else:
+        if job.kind is not JobKind.FORWARD:
             item.is_done = True
             self._telemetry.count(item)
             if self._bench.folds(item) or item.lease.kind is not Kind.TRAIN:
-                lease = item.lease
-                self._finished.append(m.Finished(lease.kind, lease.step, lease.microbatch, lease.revision, item.value))
-                self._claims.set()
-        self._route_kept(item)
-
-    def _route_kept(self, item: Item) -> None:
-        """Hand what we computed to whoever holds the neighbouring places on the route now."""
-        assert self._bench
-        stage, route = self._bench.stage, item.lease.route
-        if not self._bench.is_mine(item):
-            return
-        if item.left is not None and item.forward_to != route[stage + 1]:
-            item.forward_to = route[stage + 1]
-            self._spawn(self._send_forward(item, route[stage + 1]))
-        if item.returned is not None and item.backward_to != route[stage - 1]:
-            item.backward_to = route[stage - 1]
-            self._spawn(self._send_backward(item, route[stage - 1]))
-
-    async def _send_forward(self, item: Item, member: int) -> None:
-        assert self._bench
-        assert item.left is not None
-        lease = item.lease
-        ids, packed = packed_ids(item.ids, self._vocab())
-        header = m.Forward(lease, ids, len(item.left) + len(packed))
-        sent = await self._send(item, member, header, item.left + packed, lambda: item.forward_to == member)
-        if sent and lease.kind is not Kind.TRAIN:
-            self._bench.items.pop(item.key, None)
-
-    async def _send_backward(self, item: Item, member: int) -> None:
-        assert item.returned is not None
-        lease = item.lease
-        header = m.Backward(lease.step, lease.microbatch, lease.revision, len(item.returned))
-        await self._send(item, member, header, item.returned, lambda: item.backward_to == member)
-
-    async def _send(self, item: Item, member: int, header: m.Message, body: bytes, wanted: Any) -> bool:
-        """Push until the neighbour has it, or it is no longer the one who needs it. True if it got there."""
-        assert self._bench
-        pause = 0.02
-        while self._bench.items.get(item.key) is item and wanted():
-            seat = self.state.seats.get(Member(member))
-            if seat is not None and seat.status is SeatStatus.LEFT:
-                return False
-            if seat is not None:
-                try:
-                    verdict = await self._transport.push(PeerId(seat.worker), m.WORK, header, body)
-                except PeerError as error:
-                    log.debug("push to member %s: %s", member, error)
-                else:
-                    if isinstance(verdict, Busy):
-                        await asyncio.sleep(verdict.after_ms / 1e3)
-                        continue
-                    if isinstance(verdict, Drop):
-                        return False
-                    self._telemetry.sent(header, body, item)
-                    return True
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 1.0)
-        return False
-
-    def _vocab(self) -> int:
-        assert self._engine
-        return self._engine.config.vocab
-
-    # --- claims
-
-    def _can_wait(self) -> bool:
-        assert self._bench
-        only_folded = all(finished.kind is Kind.TRAIN for finished in self._finished)
-        return only_folded and self._bench.has_open_items() and not any(self._bench.claimable())
-
-    async def _claim_loop(self) -> None:
-        """One request at a time: what gathers meanwhile goes with the next one.
-
-        That an item is finished waits a moment for the next claim, unless the trainer waits for it: exchanges cost by
-        the piece.
-        """
-        assert self._bench
-        while True:
-            await self._claims.wait()
-            self._claims.clear()
-            if self._finished and self._can_wait():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(FINISHED_LINGER.value):  # wait_for of 3.11 can swallow a cancellation
-                        await self._claims.wait()
-                        self._claims.clear()
-            asked = list(self._bench.claimable())
-            finished, self._finished = self._finished, []
-            if not asked and not finished:
-                continue
-            for item in asked:
-                self._reach(Point.CLAIM, item.lease.step)
-                item.claim = ClaimState.ASKED
-            claims = tuple(m.Claim(i.lease.step, i.lease.microbatch, i.lease.revision) for i in asked)
-            try:
-                message = m.Claims(claims, tuple(finished))
-                granted = await insist(self._transport, PeerId(self.state.trainer), m.CTL, message)
-            except Refused as refusal:
-                log.info("claims refused: %s", refusal)
-                granted = m.Granted(())
-            assert isinstance(granted, m.Granted)
-            for index, item in enumerate(asked):
-                self._reach(Point.CLAIMED, item.lease.step)
-                if item.claim is ClaimState.ASKED:
-                    item.claim = ClaimState.GRANTED if index in granted.granted else ClaimState.REFUSED
-            self._work.set()
+                self._claimant.finished(item)
+        self._courier.route(item)
 
     # --- plumbing
 
@@ -568,11 +434,7 @@ class Worker:
         """Something that no retry can mend: the coordinator ends the run, whole and resumable."""
         assert self._bench
         log.error("%s", error)
-        await self._tell_broken(self._bench.member, self._bench.stage, error)
-
-    async def _tell_broken(self, member: int, stage: int, error: KoinonError) -> None:
-        message = m.Broken(member, f"Stage {stage}: {error}")
-        await insist(self._transport, self._coordinator, m.CTL, message)
+        await self._seating.tell_broken(self._bench.member, self._bench.stage, error)
 
     def _telemetry_now(self) -> m.Telemetry:
         queued = sum(1 for _ in self._bench.jobs()) if self._bench else 0

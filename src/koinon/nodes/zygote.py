@@ -11,6 +11,7 @@ It never starts a thread, so forking is safe. Knows nothing of what a worker doe
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import selectors
@@ -109,4 +110,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     warm_up()
+    # What is loaded stays: workers that look through it for garbage would find none, and copy its pages.
+    gc.collect()
+    gc.freeze()
     Zygote().run()

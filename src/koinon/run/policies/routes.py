@@ -89,6 +89,12 @@ def window(replicas: Sequence[int], in_flight: int, *, crossing: float = 0.0) ->
     return min(wanted, in_flight * min(replicas))
 
 
+def started(replicas: Sequence[int], in_flight: int) -> int:
+    """How many microbatches to have begun: one more for each pipeline than computes, so that a worker whose item is on
+    its way has another. Memory for graphs follows from it. Raises ValueError as `window` does."""
+    return min(window(replicas, in_flight) + min(replicas), in_flight * min(replicas))
+
+
 def _extended(path: _Path, load: WorkerLoad, here: Cost) -> _Path:
     last = path.workers[-1]
     are_partners = last.worker in load.before or load.worker in last.after

@@ -130,8 +130,10 @@ class Trainer:
     def _grants(self, seat: Seat, claim: m.Claim) -> bool:
         flight = self._flights.get((int(Kind.TRAIN), claim.step, claim.microbatch))
         stage = self.state.stages[seat.stage]
-        if flight is None or claim.step != stage.step or claim.microbatch in stage.dropped:
+        if flight is None or claim.step < stage.step:
             return False
+        if claim.step == stage.step and claim.microbatch in stage.dropped:
+            return False  # a later step than ours is one whose beginning the member has read before us
         if not self.state.may_contribute(seat.member, claim.step):
             return False
         return flight.claim(seat.stage, seat.member, claim.revision)

@@ -7,7 +7,7 @@ win, so a re-execution never replaces what somebody has computed with already.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -79,6 +79,15 @@ class Job:
         return self.kind is not JobKind.FORWARD
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Items whose claims were asked for in one message, and what held when they were."""
+
+    items: tuple[Item, ...]
+    revisions: tuple[int, ...]
+    voids: int
+
+
 @dataclass(slots=True)
 class Workbench:
     """`member` and `stage` of the worker; `step`: the step its weights are for."""
@@ -133,12 +142,26 @@ class Workbench:
         )
 
     def claimable(self) -> Iterator[Item]:
-        """Items that are ready to be folded but for the claim."""
+        """Items to ask the claim of: those whose forward is done, so that a round trip to the trainer is over before
+        the gradient is here. The last stage needs no gradient: it asks as soon as it has the input."""
         for item in self.items.values():
             if item.claim is not ClaimState.NONE or item.is_done or not self.is_mine(item) or not self.folds(item):
                 continue
-            if item.lease.step == self.step and self._has_input(item) and (self.is_last or item.gradient is not None):
+            if item.lease.step == self.step and self._has_input(item) and (self.is_last or item.left is not None):
                 yield item
+
+    def ask(self) -> Asked:
+        """Note that the claims of all claimable items are being asked for."""
+        items = tuple(self.claimable())
+        for item in items:
+            item.claim = ClaimState.ASKED
+        return Asked(items, tuple(item.lease.revision for item in items), self.voids)
+
+    def heed(self, asked: Asked, granted: Container[int]) -> None:
+        """Take an answer in, by index. It says nothing of an item that was voided or leased anew since the question."""
+        for index, (item, revision) in enumerate(zip(asked.items, asked.revisions, strict=True)):
+            if item.claim is ClaimState.ASKED and asked.voids == self.voids and item.lease.revision == revision:
+                item.claim = ClaimState.GRANTED if index in granted else ClaimState.REFUSED
 
     def jobs(self) -> Iterator[Job]:
         """Everything that could be computed now."""
@@ -167,6 +190,12 @@ class Workbench:
         for item in self.items.values():
             if item.lease.kind is Kind.TRAIN and item.lease.step == step:
                 item.claim, item.is_done = ClaimState.NONE, False
+
+    def drop(self, step: int, microbatch: int) -> None:
+        """The item is not to be folded any more, whatever was granted."""
+        item = self.items.get((int(Kind.TRAIN), step, microbatch))
+        if item is not None and not item.is_done:
+            item.claim = ClaimState.REFUSED
 
     def emptied(self) -> None:
         """The accumulators are empty, once for each `void`."""

@@ -30,7 +30,7 @@ from koinon.nodes.reducer import Reducer
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.syncer import Syncer
 from koinon.nodes.trainer import LEASE_DOMAIN
-from koinon.nodes.workbench import ClaimState, Item, Job, JobKind, Workbench
+from koinon.nodes.workbench import Asked, Item, Job, JobKind, Workbench
 from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.spec import RunSpec
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 FAREWELL = Seconds(1.0)
 FINISHED_LINGER = Seconds(0.05)
+CLAIMS_UNDER_WAY = 4
 
 
 class Worker:
@@ -223,6 +224,8 @@ class Worker:
                 self._spawn(self._resync())
             case ev.SeatLeft(member=member) if member == self._bench.member:
                 self._ended.set()
+            case ev.ItemDropped(step=step, microbatch=microbatch, stages=stages) if self._bench.stage in stages:
+                self._bench.drop(step, microbatch)
             case ev.StageStepped(stage=stage) if stage == self._bench.stage:
                 self._spawn(self._step_taken(event))
             case ev.RunCompleted() | ev.RunStopped() | ev.RunFailed() if not self._serves(state):
@@ -413,8 +416,7 @@ class Worker:
         item = job.item
         self._reach(Point.FORWARDED if job.kind is JobKind.FORWARD else Point.FOLDED, item.lease.step)
         if job.kind is JobKind.FORWARD:
-            if item.gradient is not None:
-                self._claims.set()
+            self._claims.set()
         else:
             item.is_done = True
             self._telemetry.count(item)
@@ -490,12 +492,13 @@ class Worker:
         return only_folded and self._bench.has_open_items() and not any(self._bench.claimable())
 
     async def _claim_loop(self) -> None:
-        """One request at a time: what gathers meanwhile goes with the next one.
+        """A few requests at a time: where the trainer is far, one alone would let claims wait for its answer.
 
         That an item is finished waits a moment for the next claim, unless the trainer waits for it: exchanges cost by
         the piece.
         """
         assert self._bench
+        room = asyncio.Semaphore(CLAIMS_UNDER_WAY)
         while True:
             await self._claims.wait()
             self._claims.clear()
@@ -504,26 +507,31 @@ class Worker:
                     async with asyncio.timeout(FINISHED_LINGER.value):  # wait_for of 3.11 can swallow a cancellation
                         await self._claims.wait()
                         self._claims.clear()
-            asked = list(self._bench.claimable())
             finished, self._finished = self._finished, []
-            if not asked and not finished:
+            if not finished and not any(self._bench.claimable()):
                 continue
-            for item in asked:
-                self._reach(Point.CLAIM, item.lease.step)
-                item.claim = ClaimState.ASKED
-            claims = tuple(m.Claim(i.lease.step, i.lease.microbatch, i.lease.revision) for i in asked)
-            try:
-                message = m.Claims(claims, tuple(finished))
-                granted = await insist(self._transport, PeerId(self.state.trainer), m.CTL, message)
-            except Refused as refusal:
-                log.info("claims refused: %s", refusal)
-                granted = m.Granted(())
-            assert isinstance(granted, m.Granted)
-            for index, item in enumerate(asked):
-                self._reach(Point.CLAIMED, item.lease.step)
-                if item.claim is ClaimState.ASKED:
-                    item.claim = ClaimState.GRANTED if index in granted.granted else ClaimState.REFUSED
-            self._work.set()
+            await room.acquire()
+            self._spawn(self._claim(self._bench.ask(), finished, room))
+
+    async def _claim(self, asked: Asked, finished: list[m.Finished], room: asyncio.Semaphore) -> None:
+        assert self._bench
+        leases = [item.lease for item in asked.items]
+        claims = tuple(m.Claim(lease.step, lease.microbatch, lease.revision) for lease in leases)
+        try:
+            for lease in leases:
+                self._reach(Point.CLAIM, lease.step)
+            message = m.Claims(claims, tuple(finished))
+            granted = await insist(self._transport, PeerId(self.state.trainer), m.CTL, message)
+        except Refused as refusal:
+            log.info("claims refused: %s", refusal)
+            granted = m.Granted(())
+        finally:
+            room.release()
+        assert isinstance(granted, m.Granted)
+        for lease in leases:
+            self._reach(Point.CLAIMED, lease.step)
+        self._bench.heed(asked, granted.granted)
+        self._work.set()
 
     # --- plumbing
 

@@ -174,6 +174,8 @@ class Telemetry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     flops: int = 0
     recomputed_flops: int = 0
     memory_mib: int = 0
+    seconds_per_crossing: float = 0.0
+    """What it takes to hand a neighbour an item's coefficients or gradient, the verdict's way back included."""
 
 
 class Heartbeat(Message, frozen=True):

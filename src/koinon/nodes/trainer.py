@@ -234,9 +234,20 @@ class Trainer:
 
     def _window(self) -> int:
         replicas = [max(1, len(self.state.ready(s.index))) for s in self.state.stages]
-        # One more for each pipeline than computes: that an item is finished is told with the next claim, not at once.
-        depth, held = window(replicas, self.spec.league.in_flight), self.spec.league.in_flight * min(replicas)
-        return min(depth + min(replicas), held)
+        held = self.spec.league.in_flight
+        crossing = self._crossing()
+        # What is finished and not known here, or leased and not yet there, is under way as well: that an item is
+        # finished is told with the next claim, and both ways between here and stage 0 are crossings, too.
+        unseen = math.ceil(min(replicas) * (1 + 2 * crossing))
+        return min(window(replicas, held, crossing=crossing) + unseen, held * min(replicas))
+
+    def _crossing(self) -> float:
+        """Seconds of one crossing per second of one item's compute at a stage, as members have measured them."""
+        told = [self._loads(seat.member) for stage in self.state.stages for seat in self.state.ready(stage.index)]
+        measured = [t for t in told if t.seconds_per_crossing and t.seconds_per_item]
+        if not measured:
+            return 0.0
+        return sum(t.seconds_per_crossing for t in measured) / sum(t.seconds_per_item for t in measured)
 
     def _route(self, flight: Flight) -> tuple[Member, ...] | None:
         stages = [self._stage_loads(s.index, flight) for s in self.state.stages]

@@ -19,6 +19,7 @@ from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
 from koinon.nodes import messages as m
+from koinon.nodes.clock import loop_time
 from koinon.nodes.compute import Compute
 from koinon.nodes.counters import Counters
 from koinon.nodes.engine import Engine
@@ -464,6 +465,7 @@ class Worker:
             if seat is not None and seat.status is SeatStatus.LEFT:
                 return False
             if seat is not None:
+                began = loop_time()
                 try:
                     verdict = await self._transport.push(PeerId(seat.worker), m.WORK, header, body)
                 except PeerError as error:
@@ -474,7 +476,7 @@ class Worker:
                         continue
                     if isinstance(verdict, Drop):
                         return False
-                    self._telemetry.sent(header, body, item)
+                    self._telemetry.sent(header, body, item, loop_time() - began)
                     return True
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)

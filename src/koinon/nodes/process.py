@@ -9,12 +9,14 @@ import asyncio
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from koinon.errors import KoinonError
+from koinon.nodes.compute import Compute, ThreadCompute
 from koinon.units import Bytes, PeerId, RunId
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 1
 
 
-def main(options: dict[str, Any]) -> int:
+def main(options: dict[str, Any], make_compute: Callable[[], Compute] = ThreadCompute) -> int:
     """Run one worker until its run ends. 0: ended as it should; 1: an error, which its text log names."""
     parsed = msgspec.convert(options, WorkerOptions)
     directory = Path(parsed.directory)
@@ -48,7 +50,7 @@ def main(options: dict[str, Any]) -> int:
         filename=directory / "worker.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     try:
-        asyncio.run(_work(parsed))
+        asyncio.run(_work(parsed, make_compute))
     except KoinonError as error:
         log.error("%s", error)  # noqa: TRY400 - the sentence is the message
         return 1
@@ -58,13 +60,12 @@ def main(options: dict[str, Any]) -> int:
     return 0
 
 
-async def _work(options: WorkerOptions) -> None:
+async def _work(options: WorkerOptions, make_compute: Callable[[], Compute]) -> None:
     import torch
 
     from koinon.net.identity import NodeKey
     from koinon.net.iroh_transport import IrohTransport
     from koinon.net.transport import NodeAddr
-    from koinon.nodes.compute import ThreadCompute
     from koinon.nodes.faults import killed_at
     from koinon.nodes.switchboard import Switchboard
     from koinon.nodes.worker import Worker
@@ -73,7 +74,7 @@ async def _work(options: WorkerOptions) -> None:
     directory = Path(options.directory)
     key = NodeKey.load_or_create(directory / "key")
     transport = IrohTransport(key, bind=options.bind)
-    board, compute = Switchboard(STATE_LIMIT), ThreadCompute()
+    board, compute = Switchboard(STATE_LIMIT), make_compute()
     worker = Worker(
         transport,
         board,

@@ -1,7 +1,7 @@
 """Round trips between two hosts, for machines without `ping`: an echo, and whoever asks it.
 
-    python -m bench.wan.echo serve 10.77.0.2
-    python -m bench.wan.echo ask 10.77.0.2 [COUNT [BYTES]]     prints one JSON line: seconds of each round trip
+python -m bench.wan.echo serve 10.77.0.2
+python -m bench.wan.echo ask 10.77.0.2 [COUNT [BYTES]]     prints one JSON line: seconds of each round trip
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ TUN: Final = Path("/dev/net/tun")
 MTU: Final = 1500
 _TUNSETIFF: Final = 0x400454CA
 _TUN_WITHOUT_HEADER: Final = 0x1001
+_CLONE_NEWNET: Final = 0x40000000
 _QUEUE: Final = 4000
 _GRACE: Final = 2.0
 """Seconds that a host's processes have to end after SIGTERM."""
@@ -109,6 +111,14 @@ def pids(name: str) -> list[int]:
 def inside(name: str, command: list[str]) -> list[str]:
     """The command line that runs `command` in a namespace; the process keeps its id."""
     return ["ip", "netns", "exec", name, *command]
+
+
+def enter(name: str) -> None:
+    """Move this process into a namespace: its sockets from now on are that host's. Call it before any thread begins."""
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
+    with open(f"/run/netns/{name}", "rb") as namespace_:
+        if libc.setns(namespace_.fileno(), _CLONE_NEWNET):
+            raise HostError(f"cannot enter {name}: {os.strerror(ctypes.get_errno())}")
 
 
 def _signal(name: str, how: signal.Signals) -> None:

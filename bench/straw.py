@@ -48,8 +48,8 @@ DISTURBED: Final = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """repeats: turns of all three links. steps: measured per turn. batch: sequences per step, two to an item. tries: how
-    often a turn is measured at most."""
+    """repeats: turns of all three links. steps: measured per turn. batch: sequences per step, two to an item.
+    tries: how often a turn is measured at most."""
 
     repeats: int
     steps: int

@@ -155,7 +155,7 @@ def test_a_command_that_makes_no_sense_is_refused_and_the_network_goes_on() -> N
         (0, {}, "1 to 254"),
         (255, {}, "1 to 254"),
         (2, {"rtt": "soon"}, "no quantity"),
-        (2, {"colour": 3}, "no 'colour'"),
+        (2, {"colour": 3}, "colour"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_made(hosts: int, settings: dict[str, str], said: str) -> None:

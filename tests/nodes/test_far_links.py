@@ -1,4 +1,4 @@
-"""Links of 50 ms: what they cost a step is crossings that nothing can hide, and not claims or idle workers."""
+"""Links of 50 ms: what they cost a step is the crossings that nothing can hide, and not claims or idle workers."""
 
 from __future__ import annotations
 
@@ -64,12 +64,10 @@ def test_near_links_cost_a_step_nothing(near: float) -> None:
     assert near == pytest.approx((2 * ITEMS + 2 * (STAGES - 1) - 2) * PACE, rel=0.02)
 
 
-def test_far_links_cost_a_step_its_crossings_and_two_claims(near: float, tmp_path: Path) -> None:
-    """Down and up the stages, and at stage 0 the offer, the word that it is done, the reduce and its commit: ten
-    crossings. The last stage can ask for a claim only when the item is there: once at the start, once at the end."""
-    crossings = 2 * (STAGES - 1) + 4
-    claims = 2 * 2
-    assert step_seconds(tmp_path, FAR) - near < (crossings + claims) * FAR.delay.value + PACE
+def test_far_links_cost_a_step_its_crossings_and_no_claim(near: float, tmp_path: Path) -> None:
+    """Down and up the stages, and at stage 0 the offer, the word that it is done, the reduce and its commit: ten."""
+    crossings = (2 * (STAGES - 1) + 4) * FAR.delay.value
+    assert 0.8 * crossings < step_seconds(tmp_path, FAR) - near < crossings + 0.02
 
 
 def test_a_worker_that_may_hold_little_keeps_the_league_waiting(near: float, tmp_path: Path) -> None:

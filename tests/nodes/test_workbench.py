@@ -37,10 +37,16 @@ def test_a_claim_is_asked_once_the_forward_is_done_and_not_only_when_the_gradien
     assert bench.next_job() is None
 
 
-def test_the_last_stage_asks_as_soon_as_it_has_the_input() -> None:
+def test_the_last_stage_asks_as_soon_as_it_knows_of_an_item_and_computes_when_the_input_is_here() -> None:
     bench = bench_of(LAST)
     item = leased(bench)
-    assert list(bench.claimable()) == [item]
+    item.entered = None
+    bench.heed(bench.ask(), (0,))
+    assert bench.next_job() is None
+    item.entered = b"coefficients"
+    job = bench.next_job()
+    assert job is not None
+    assert job.kind is JobKind.FINISH
 
 
 def test_a_gradient_that_finds_the_claim_granted_is_folded_at_once() -> None:

@@ -36,6 +36,8 @@ from koinon.units import PeerId, Seconds
 LEASE_DOMAIN = "koinon/lease/1"
 FLIGHT_FLOOR = Seconds(10.0)
 """No microbatch is called late before that."""
+FAR = 0.1
+"""Crossings longer than this share of an item's compute at a stage are worth a message to hide one."""
 FAILURES_ALLOWED = 3
 """Distinct accounts that may fail at one item before it is dropped."""
 
@@ -220,6 +222,9 @@ class Trainer:
     def _lease_waiting(self) -> None:
         under_way = sum(not f.is_over for f in self._flights.values()) - len(self._waiting)
         room = self._window() - under_way
+        # The last stage claims what it knows of. The lease comes with the coefficients, but over far links it would
+        # then wait for a round trip before it may begin.
+        is_far = self._crossing() > FAR
         while self._waiting and room > 0:
             flight = self._waiting[0]
             route = self._route(flight)
@@ -229,7 +234,7 @@ class Trainer:
             for stage, member in enumerate(route):
                 flight.assign(stage, member)
             flight.began = flight.nudged = self._clock()
-            self._offer(flight, [route[0]])
+            self._offer(flight, [route[0], route[-1]] if is_far else [route[0]])
             room -= 1
 
     def _window(self) -> int:

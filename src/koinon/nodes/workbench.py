@@ -143,11 +143,11 @@ class Workbench:
 
     def claimable(self) -> Iterator[Item]:
         """Items to ask the claim of: those whose forward is done, so that a round trip to the trainer is over before
-        the gradient is here. The last stage needs no gradient: it asks as soon as it has the input."""
+        the gradient is here. The last stage needs no gradient: it asks for whatever it was leased."""
         for item in self.items.values():
             if item.claim is not ClaimState.NONE or item.is_done or not self.is_mine(item) or not self.folds(item):
                 continue
-            if item.lease.step == self.step and self._has_input(item) and (self.is_last or item.left is not None):
+            if item.lease.step == self.step and item.ids is not None and (self.is_last or item.left is not None):
                 yield item
 
     def ask(self) -> Asked:

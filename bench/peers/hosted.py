@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.wan.machine import enter
+from bench.wan.machine import enter, hurry
 from koinon.net.iroh_transport import IrohTransport
 from koinon.nodes.compute import ThreadCompute
 from koinon.nodes.control import Control, create
@@ -33,8 +33,6 @@ from koinon.run import events as ev
 from koinon.run.spec import RunSpec
 
 T = TypeVar("T")
-PRIORITY = -10
-"""A host that waits for a core of this machine is not the host that it stands for."""
 
 
 class SlowedCompute(ThreadCompute):
@@ -133,7 +131,7 @@ def _worker(slower: float, name: str, options: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
+    hurry(1)  # a host that waits for a core of this machine is not the host that it stands for
     role, *given = sys.argv[1:]
     if role == "workers":
         workers(float(given[0]), json.loads(given[1]))

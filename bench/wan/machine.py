@@ -22,6 +22,7 @@ MTU: Final = 1500
 _TUNSETIFF: Final = 0x400454CA
 _TUN_WITHOUT_HEADER: Final = 0x1001
 _CLONE_NEWNET: Final = 0x40000000
+_NICE: Final = -15
 _QUEUE: Final = 4000
 _GRACE: Final = 2.0
 """Seconds that a host's processes have to end after SIGTERM."""
@@ -119,6 +120,18 @@ def enter(name: str) -> None:
     with open(f"/run/netns/{name}", "rb") as namespace_:
         if libc.setns(namespace_.fileno(), _CLONE_NEWNET):
             raise HostError(f"cannot enter {name}: {os.strerror(ctypes.get_errno())}")
+
+
+def hurry(urgency: int) -> None:
+    """Put this process, and what it starts, ahead of everything that is not as urgent, as far as the machine allows.
+
+    Niceness is not enough: it does not count between sessions where the kernel groups processes by them.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(urgency))
+    except OSError:
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, _NICE)
 
 
 def _signal(name: str, how: signal.Signals) -> None:

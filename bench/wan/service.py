@@ -20,10 +20,9 @@ from typing import Any, Final
 
 from bench.wan.access import Access
 from bench.wan.commands import obey
-from bench.wan.machine import Host, remove
+from bench.wan.machine import Host, hurry, remove
 from bench.wan.switch import Switch
 
-PRIORITY: Final = -15
 _LONGEST_SLEEP: Final = 1.0
 _READ_AT_ONCE: Final = 64
 """Packets taken from one host before the others have their turn."""
@@ -72,7 +71,7 @@ class Service:
             self._hosts[number] = Host.make(self._network, number)
             if self._ending:
                 return
-        _hurry()
+        hurry(2)  # a late switch is a wrong network
         gc.disable()  # nothing here is cyclic, and a pause would look like jitter
 
     def _close(self) -> None:
@@ -122,15 +121,6 @@ class Service:
                 self._clients.pop(ready).close()
         elif not os.read(0, 4096):
             self._ending = True
-
-
-def _hurry() -> None:
-    """Ahead of everything else on this machine, as far as it allows that: a late switch is a wrong network."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
-    except OSError:
-        with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
 
 
 class _Client:

@@ -41,6 +41,8 @@ from koinon.units import PeerId, RunId, Seconds
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 FAREWELL = Seconds(1.0)
+READING = Seconds(10.0)
+"""How long a worker waits to read of its own seat before it asks for another."""
 FINISHED_LINGER = Seconds(0.05)
 CLAIMS_UNDER_WAY = 4
 
@@ -147,8 +149,8 @@ class Worker:
         while True:
             welcome = await self._join()
             await self._follower.start(self._addresses)
-            while Member(welcome.member) not in self.state.seats:
-                await asyncio.sleep(0.01)
+            if not await self._has_read_of(Member(welcome.member)):
+                continue
             beats = asyncio.create_task(self._heartbeats(welcome.member))
             self._state = "syncing"
             spec = RunSpec.parse(welcome.spec)
@@ -164,6 +166,17 @@ class Worker:
                 raise
             self._adopt(beats)
             return welcome, spec, engine
+
+    async def _has_read_of(self, member: Member) -> bool:
+        """Until our copy of the log has our seat. False where that takes long: the seat may be void already, and the
+        log is sent to nobody without one. What was read by then is kept."""
+        try:
+            async with asyncio.timeout(READING.value):
+                while member not in self.state.seats:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            return False
+        return True
 
     async def _join(self) -> m.Welcome:
         stage, have = self._syncer.inventory(self._wanted)

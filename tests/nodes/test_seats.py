@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from koinon.nodes.faults import Point
+from koinon.nodes.publisher import Publisher
 from koinon.run import events as ev
 from koinon.run.state import Phase
+from koinon.units import PeerId
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
 
@@ -32,6 +34,22 @@ def test_a_process_that_starts_anew_before_anybody_noticed_its_end_takes_one_sea
     league = run_league(spec_of(1), tmp_path, restart, make_compute=Paced)
     assert_whole(league, undisturbed)
     assert sum(isinstance(e, ev.Seated) for e in league.events) == 3, "two at first, one anew"
+
+
+def test_a_worker_that_never_reads_of_its_seat_asks_for_another(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where its seat became void between its wish to be sent the log and the first record."""
+    deaf: set[PeerId] = set()
+    add = Publisher.add
+
+    def forgetful(publisher: Publisher, peer: PeerId, first: int) -> None:
+        if peer in deaf or peer == publisher._transport.me:
+            add(publisher, peer, first)
+        deaf.add(peer)
+
+    monkeypatch.setattr(Publisher, "add", forgetful)
+    assert_whole(run_league(spec_of(1), tmp_path, make_compute=Paced), undisturbed)
 
 
 @pytest.mark.parametrize("there", [Point.HELD, Point.COMMIT, Point.COMMITTED])

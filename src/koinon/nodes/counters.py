@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from collections import deque
+from statistics import median
 
 import msgspec
 
@@ -11,6 +13,8 @@ from koinon.nodes.messages import Kind
 from koinon.nodes.workbench import Item
 
 _LENGTH_PREFIX = 4
+_REMEMBERED = 32
+"""Crossings whose median is told: some seconds' worth, so that a link that changes is noticed."""
 
 
 class Counters:
@@ -18,6 +22,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.items = self.tokens = self.boundary_bytes = self.boundary_tokens = self.flops_per_item = 0
+        self._crossings: deque[float] = deque(maxlen=_REMEMBERED)
 
     def count(self, item: Item) -> None:
         """An item was folded, or answered."""
@@ -25,9 +30,10 @@ class Counters:
             self.items += 1
             self.tokens += _tokens(item)
 
-    def sent(self, header: m.Message, body: bytes, item: Item) -> None:
-        """A neighbour took this frame."""
+    def sent(self, header: m.Message, body: bytes, item: Item, seconds: float) -> None:
+        """A neighbour took this frame; its verdict was here after so long."""
         if item.lease.kind is Kind.TRAIN:
+            self._crossings.append(seconds)
             self.boundary_bytes += _LENGTH_PREFIX + len(msgspec.msgpack.encode(header)) + len(body)
             self.boundary_tokens += _tokens(item)
 
@@ -44,6 +50,7 @@ class Counters:
             flops=self.items * self.flops_per_item,
             recomputed_flops=recomputed * self.flops_per_item // 3,
             memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            seconds_per_crossing=median(self._crossings) if self._crossings else 0.0,
         )
 
 

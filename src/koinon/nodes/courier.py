@@ -14,6 +14,7 @@ from typing import Any
 from koinon.errors import PeerError
 from koinon.net.transport import Busy, Drop, Transport
 from koinon.nodes import messages as m
+from koinon.nodes.clock import loop_time
 from koinon.nodes.counters import Counters
 from koinon.nodes.flight import ids_of, packed_ids
 from koinon.nodes.messages import Kind
@@ -76,6 +77,7 @@ class Courier:
             if seat is not None and seat.status is SeatStatus.LEFT:
                 return False
             if seat is not None:
+                began = loop_time()
                 try:
                     verdict = await self._transport.push(PeerId(seat.worker), m.WORK, header, body)
                 except PeerError as error:
@@ -86,7 +88,7 @@ class Courier:
                         continue
                     if isinstance(verdict, Drop):
                         return False
-                    self._counters.sent(header, body, item)
+                    self._counters.sent(header, body, item, loop_time() - began)
                     return True
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)

@@ -91,6 +91,9 @@ class Offer(Message, frozen=True):
     items: tuple[Offered, ...]
     more: bool
     """The trainer holds further items back until some of these are finished, so it wants to know soon."""
+    crossing: float
+    """Seconds of one crossing per second of one item's compute at a stage, as members have measured them: the farther
+    the links, the more items are begun at once."""
     nbytes: int
 
 
@@ -190,6 +193,8 @@ class Telemetry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     flops: int = 0
     recomputed_flops: int = 0
     memory_mib: int = 0
+    seconds_per_crossing: float = 0.0
+    """What it takes to hand a neighbour an item's coefficients or gradient, the verdict's way back included."""
 
 
 class Heartbeat(Message, frozen=True):

@@ -18,6 +18,7 @@ import msgspec
 
 from koinon.errors import KoinonError, PeerError, Refused
 from koinon.net.passes import AddressRecord
+from koinon.nodes.compute import Compute, ThreadCompute
 from koinon.nodes.report import Report
 from koinon.units import Bytes, PeerId, RunId, Seconds
 
@@ -59,7 +60,7 @@ def _nobody(_report: Report) -> None:
     """Nobody watches."""
 
 
-def main(options: dict[str, Any], tell: Tell = _nobody) -> int:
+def main(options: dict[str, Any], tell: Tell = _nobody, *, make_compute: Callable[[], Compute] = ThreadCompute) -> int:
     """Run one worker until its run ends. 0: ended as it should; 1: an error, which its text log names.
 
     tell: hears what the worker does, twice a second.
@@ -72,7 +73,7 @@ def main(options: dict[str, Any], tell: Tell = _nobody) -> int:
         filename=directory / "worker.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     try:
-        asyncio.run(_work(parsed, tell))
+        asyncio.run(_work(parsed, tell, make_compute))
     except KoinonError as error:
         log.error("%s", error)  # noqa: TRY400 - the sentence is the message
         tell(Report("ended", error=str(error), is_refused=isinstance(error, Refused)))
@@ -84,13 +85,12 @@ def main(options: dict[str, Any], tell: Tell = _nobody) -> int:
     return 0
 
 
-async def _work(options: WorkerOptions, tell: Tell) -> None:
+async def _work(options: WorkerOptions, tell: Tell, make_compute: Callable[[], Compute]) -> None:
     import torch
 
     from koinon.net.identity import NodeKey
     from koinon.net.iroh_transport import IrohTransport
     from koinon.net.transport import NodeAddr
-    from koinon.nodes.compute import ThreadCompute
     from koinon.nodes.faults import killed_at
     from koinon.nodes.introducer import Introducer
     from koinon.nodes.switchboard import Switchboard
@@ -100,7 +100,7 @@ async def _work(options: WorkerOptions, tell: Tell) -> None:
     directory = Path(options.directory)
     key = NodeKey.load_or_create(directory / "key")
     transport = IrohTransport(key, bind=options.bind, advertise=options.advertise)
-    board, compute = Switchboard(STATE_LIMIT), ThreadCompute()
+    board, compute = Switchboard(STATE_LIMIT), make_compute()
     worker = Worker(
         transport,
         board,

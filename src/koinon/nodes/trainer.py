@@ -240,9 +240,18 @@ class Trainer:
         open_ = [f for f in self._flights.values() if f.revision and not f.is_over]
         unfolded = sum(f.kind is not Kind.TRAIN for f in open_)
         replicas, in_flight = [max(1, len(self.state.ready(s.index))) for s in self.state.stages], self._in_flight
+        begun = started(replicas, in_flight, crossing=self._crossing())
         if flight.kind is not Kind.TRAIN:
-            return unfolded < started(replicas, in_flight)
-        return len(open_) < (started(replicas, in_flight) if unfolded else in_flight * min(replicas))
+            return unfolded < begun
+        return len(open_) < (begun if unfolded else in_flight * min(replicas))
+
+    def _crossing(self) -> float:
+        """Seconds of one crossing per second of one item's compute at a stage, as members have measured them."""
+        told = [self._loads(seat.member) for stage in self.state.stages for seat in self.state.ready(stage.index)]
+        measured = [t for t in told if t.seconds_per_crossing and t.seconds_per_item]
+        if not measured:
+            return 0.0
+        return sum(t.seconds_per_crossing for t in measured) / sum(t.seconds_per_item for t in measured)
 
     @property
     def _in_flight(self) -> int:
@@ -322,7 +331,7 @@ class Trainer:
         pause = 0.05
         while items := [(f, o) for f, o in items if f.revision == o.lease.revision and member in f.route]:
             body = b"".join(packed_ids(f.tokens, o.ids) for f, o in items if o.ids is not None)
-            offer = m.Offer(tuple(o for _, o in items), bool(self._waiting), len(body))
+            offer = m.Offer(tuple(o for _, o in items), bool(self._waiting), self._crossing(), len(body))
             try:
                 await self._transport.push(PeerId(self.state.seats[member].worker), m.WORK, offer, body)
             except PeerError:

@@ -81,6 +81,7 @@ class Worker:
         self._courier: Courier | None = None
         self._ended = asyncio.Event()
         self._goodbye = False
+        self._crossing = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = Counters()
         self._state = "joining"
@@ -213,11 +214,16 @@ class Worker:
 
     def _members_moved(self, event: ev.Event, state: RunState) -> None:
         """Fewer or more members begin fewer or more items; and a loss makes news of what is finished urgent."""
-        assert self._bench and self._claimant
-        replicas = [max(1, len(state.ready(stage.index))) for stage in state.stages]
-        self._bench.begun_at_once = -(-started(replicas, self._bench.capacity) // replicas[0])
+        assert self._claimant
+        self._begin_enough(state)
         if isinstance(event, ev.SeatLeft | ev.Unreachable | ev.Excluded):
             self._claimant.hurry()
+
+    def _begin_enough(self, state: RunState) -> None:
+        assert self._bench
+        replicas = [max(1, len(state.ready(stage.index))) for stage in state.stages]
+        begun = started(replicas, self._bench.capacity, crossing=self._crossing)
+        self._bench.begun_at_once = -(-begun // replicas[0])
 
     def _serves(self, state: RunState) -> bool:
         return state.phase in (Phase.COMPLETE, Phase.SERVING)
@@ -275,7 +281,8 @@ class Worker:
         if self._claimant is None or self._courier is None:
             raise Refused("Still joining: ask again in a moment.")
         if peer == self.state.trainer:
-            self._claimant.wanted_soon = message.more
+            self._claimant.wanted_soon, self._crossing = message.more, message.crossing
+            self._begin_enough(self.state)
         at = 0
         for offered in message.items:
             ids, at = memoryview(body)[at : at + offered.nbytes], at + offered.nbytes

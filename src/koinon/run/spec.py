@@ -75,8 +75,8 @@ class LeagueConfig:
     """Beyond it, joiners wait in the queue."""
     grace_s: float = 30.0
     """How long an unreachable worker's seat is kept."""
-    in_flight: int = 8
-    """Work items that one worker may hold at once."""
+    in_flight: int = 16
+    """Work items that one worker may hold at once. Over near links a few are enough; how many are used is measured."""
     graph_budget_mib: int = 512
     """Memory for kept autograd graphs, per worker; an item beyond it is recomputed for its backward."""
 

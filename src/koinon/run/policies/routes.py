@@ -89,10 +89,10 @@ def window(replicas: Sequence[int], in_flight: int, *, crossing: float = 0.0) ->
     return min(wanted, in_flight * min(replicas))
 
 
-def started(replicas: Sequence[int], in_flight: int) -> int:
+def started(replicas: Sequence[int], in_flight: int, *, crossing: float = 0.0) -> int:
     """How many microbatches to have begun: one more for each pipeline than computes, so that a worker whose item is on
-    its way has another. Memory for graphs follows from it. Raises ValueError as `window` does."""
-    return min(window(replicas, in_flight) + min(replicas), in_flight * min(replicas))
+    its way has another. Memory for graphs follows from it. Arguments and errors as of `window`."""
+    return min(window(replicas, in_flight, crossing=crossing) + min(replicas), in_flight * min(replicas))
 
 
 def _extended(path: _Path, load: WorkerLoad, here: Cost) -> _Path:

@@ -1,8 +1,8 @@
 """Runs every benchmark in a process of its own and writes the page of figures.
 
     python -m bench                  all of them in full; rewrites docs/benchmarks.md
-    python -m bench --quick          all of them, a minute at most each; writes nothing
-    python -m bench exactness ...    only these; writes nothing
+    python -m bench exactness ...    only these in full; the page keeps what others measured before
+    python -m bench --quick [...]    a minute at most for each; writes nothing
 
 A benchmark is a module of this folder that can be run. It reports progress on stderr and ends its stdout with one JSON
 line: {"bench", "figures", "targets", "holds", "environment"} and, where it has more to say, a "text" in Markdown. One
@@ -24,10 +24,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
+MEASURED = HERE / "results" / "measured"
+"""One file for each benchmark: what its last full run found, at which commit, on which day."""
 HEAD = """# Benchmarks
 
-What `make bench` last measured. Each figure can be repeated with the command above its table; figures are medians over
-repeats in which ours and the reference took turns on the same machine. A target that is missed is shown as missed.
+What each benchmark measured when it was last run in full, with the command that repeats it (`make bench` runs them all).
+Figures are medians over repeats in which ours and the reference took turns on the same machine. A target that is missed
+is shown as missed.
 """
 
 
@@ -58,14 +61,15 @@ def measure(name: str, quick: bool) -> dict[str, Any] | None:
 
 
 def section(result: dict[str, Any]) -> str:
-    """One benchmark in Markdown: the command, the figures against their targets, the machine."""
+    """One benchmark in Markdown: the command, commit and day, the figures against their targets, the machine."""
     rows = [
         f"| {figure} | {shown(value)} | {shown(result['targets'].get(figure, ''))} | {verdict(result, figure)} |"
         for figure, value in result["figures"].items()
     ]
     machine = "; ".join(f"{key} {shown(value)}" for key, value in result["environment"].items())
     table = "\n".join(["| figure | measured | target | holds |", "|---|---|---|---|", *rows])
-    parts = [f"## {result['bench']}", f"`python -m bench.{result['bench']}`", table, machine, result.get("text", "")]
+    command = f"`python -m bench.{result['bench']}`, commit `{result['commit']}`, {result['day']}"
+    parts = [f"## {result['bench']}", command, table, machine, result.get("text", "")]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -86,8 +90,19 @@ def shown(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
-def page(results: Sequence[dict[str, Any]], commit: str, day: str) -> str:
-    return "\n".join([HEAD, f"Commit `{commit}`, {day}.\n", *map(section, results)])
+def page(results: Sequence[dict[str, Any]]) -> str:
+    return "\n".join([HEAD, *map(section, results)])
+
+
+def kept(folder: Path) -> list[dict[str, Any]]:
+    """What full runs found, in the order of the names; of benchmarks that are gone, nothing."""
+    files = (folder / f"{name}.json" for name in benchmarks())
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def keep(folder: Path, result: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result['bench']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _commit() -> str:
@@ -104,15 +119,16 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := set(chosen.names) - set(benchmarks()):
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(benchmarks())}")
+    ran = {"commit": _commit(), "day": datetime.now(UTC).date().isoformat()}
     results = [measure(name, chosen.quick) for name in chosen.names or benchmarks()]
-    whole = [result for result in results if result is not None]
+    whole = [result | ran for result in results if result is not None]
     for result in whole:
         print(section(result))
-    if len(whole) < len(results):
-        return 1
-    if whole and not chosen.quick and not chosen.names:
-        PAGE.write_text(page(whole, _commit(), datetime.now(UTC).date().isoformat()), encoding="utf-8")
-    return 0
+        if not chosen.quick:
+            keep(MEASURED, result)
+    if whole and not chosen.quick:
+        PAGE.write_text(page(kept(MEASURED)), encoding="utf-8")
+    return 0 if len(whole) == len(results) else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.__main__ import benchmarks, page, section
+from bench.__main__ import benchmarks, keep, kept, page, section
 
 RESULT = {
     "bench": "straw",
@@ -14,6 +14,8 @@ RESULT = {
     "targets": {"ratio": 0.95},
     "holds": {"ratio": False},
     "environment": {"cpu": "A|B", "versions": {"torch": "2.13.0"}},
+    "commit": "abc123",
+    "day": "2030-01-02",
 }
 
 
@@ -27,10 +29,21 @@ def test_a_figure_without_a_target_claims_nothing() -> None:
 
 
 def test_the_page_says_where_its_figures_come_from() -> None:
-    text = page([RESULT], commit="abc123", day="2030-01-02")
-    assert "Commit `abc123`, 2030-01-02." in text
-    assert "`python -m bench.straw`" in text
+    text = page([RESULT])
+    assert "`python -m bench.straw`, commit `abc123`, 2030-01-02" in text
     assert r"cpu A\|B; versions torch 2.13.0" in text
+
+
+def test_one_benchmark_run_anew_leaves_the_figures_of_the_others(tmp_path: Path) -> None:
+    keep(tmp_path, RESULT)
+    keep(tmp_path, {**RESULT, "bench": "exactness", "commit": "def456"})
+    keep(tmp_path, {**RESULT, "bench": "a benchmark that is gone"})
+    keep(tmp_path, {**RESULT, "figures": {"ratio": 0.97}, "holds": {"ratio": True}})
+    text = page(kept(tmp_path))
+    assert text.index("## exactness") < text.index("## straw")
+    assert "commit `def456`" in text
+    assert "| ratio | 0.97 | 0.95 | yes |" in text
+    assert "gone" not in text
 
 
 def test_an_unknown_benchmark_is_refused_with_the_names_there_are() -> None:

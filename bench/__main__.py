@@ -28,7 +28,7 @@ MEASURED = HERE / "results" / "measured"
 """One file for each benchmark: what its last full run found, at which commit, on which day."""
 HEAD = """# Benchmarks
 
-What each benchmark measured when it was last run in full, with the command that repeats it (`make bench` runs them all).
+What each benchmark measured when it was last run in full, and the command that repeats it (`make bench` runs all).
 Figures are medians over repeats in which ours and the reference took turns on the same machine. A target that is missed
 is shown as missed.
 """

@@ -146,10 +146,10 @@ def test_a_league_trains_on_hosts_of_its_own_while_its_links_change() -> None:
     with Wan(hosts=3, rate="unlimited", rtt=0, seed=2) as wan, hosted(wan, SMALL, slower=2.0) as league:
         first = league.next_step()
         wan.set(rtt="50ms", rate="80mbit")
-        league.next_step()
-        far, then = league.next_step(), league.next_step()
-        assert then.at - far.at > 0.1
-        assert then.step == first.step + 3
+        far = [league.next_step() for _ in range(12)]
+        then = far[-1]
+        assert then.at - far[2].at > 5 * 0.05, "nine steps, each there and back; some may be told of together"
+        assert then.step == first.step + 12
         assert then.loss < 8
         assert wan.stats().nbytes[1, 2] > 0
         assert league.overrun() >= 0.0

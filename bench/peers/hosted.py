@@ -49,8 +49,8 @@ class SlowedCompute(ThreadCompute):
         self._slower, self._overrun = slower, 0.0
         self._told = told
 
-    def _timed(self, job: Callable[[], T]) -> T:
-        return super()._timed(lambda: self._slowed(job))
+    async def run(self, job: Callable[[], T]) -> T:
+        return await super().run(lambda: self._slowed(job))
 
     def _slowed(self, job: Callable[[], T]) -> T:
         began, cpu = time.perf_counter(), time.thread_time()
@@ -125,7 +125,7 @@ def _worker(slower: float, name: str, options: dict[str, Any]) -> int:
     try:
         enter(name)
         told = Path(options["directory"]) / "overrun"
-        status = main(options, lambda: SlowedCompute(slower, told))
+        status = main(options, make_compute=lambda: SlowedCompute(slower, told))
     finally:
         os._exit(status)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from bench.hosted import Step, hosted
+from bench.peers.hosted import SlowedCompute
 from bench.straw import DISTURBED, LINKS, QUICK, STAGES, Plan, Track, Turn, compared, weighed
 from bench.twin import twin_turns
 from bench.wan import Stats, Wan, why_not
@@ -153,3 +157,21 @@ def test_a_league_trains_on_hosts_of_its_own_while_its_links_change() -> None:
         assert then.loss < 8
         assert wan.stats().nbytes[1, 2] > 0
         assert league.overrun() >= 0.0
+
+
+def test_a_slowed_core_takes_as_much_longer_as_was_asked_for(tmp_path: Path) -> None:
+    async def spent() -> tuple[float, float]:
+        compute = SlowedCompute(10.0, tmp_path / "overrun")
+
+        def job() -> float:
+            began = time.thread_time()
+            sum(range(300_000))
+            return time.thread_time() - began
+
+        try:
+            return await compute.run(job), compute.busy_seconds
+        finally:
+            compute.close()
+
+    needed, busy = asyncio.run(spent())
+    assert busy > 9 * needed

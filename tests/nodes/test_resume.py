@@ -13,12 +13,14 @@ import pytest
 
 from koinon.errors import LogCorrupt, NothingToResume
 from koinon.net.clock import run_virtual
+from koinon.net.hub import Faults
 from koinon.nodes.control import reopen, resume_point_elsewhere
 from koinon.nodes.rundir import RunDir
 from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.state import RunState, fold
 from koinon.run.storage import MAGIC
+from koinon.units import Seconds
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
 SPEC = spec_of(1)
@@ -29,11 +31,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
     return run_league(SPEC, tmp_path_factory.mktemp("calm"), make_compute=Paced)
 
 
-def interrupted(path: Path, replicas: int = 1, *, at: Callable[[RunState], bool]) -> RunState:
-    """The state in which a league was when everything vanished, the moment that `at` held."""
+def interrupted(
+    path: Path,
+    replicas: int = 1,
+    *,
+    at: Callable[[RunState], bool],
+    first: Callable[[Rehearsal], None] = lambda _league: None,
+) -> RunState:
+    """The state in which a league was when everything vanished, the moment that `at` held. `first` comes before that."""
 
     async def go() -> RunState:
         league = await Rehearsal(spec_of(replicas), path, make_compute=Paced).__aenter__()
+        first(league)
         await league.until(at)
         await league.vanish()
         return league.state
@@ -106,7 +115,10 @@ def test_a_stage_that_was_ahead_goes_back_and_nobody_is_credited_twice(tmp_path:
 def test_a_stage_that_was_founded_alone_does_not_keep_the_run_from_resuming(
     tmp_path: Path, undisturbed: Rehearsal
 ) -> None:
-    state = interrupted(tmp_path, at=lambda state: any(stage.versions for stage in state.stages))
+    def slow_down_one(league: Rehearsal) -> None:
+        league.hub.set_faults(league.address.peer, league.workers[1, 0].transport.me, Faults(delay=Seconds(0.2)))
+
+    state = interrupted(tmp_path, at=lambda state: any(stage.versions for stage in state.stages), first=slow_down_one)
     assert sorted(bool(stage.versions) for stage in state.stages) == [False, True]
     assert_whole(resumed(tmp_path), undisturbed.losses())
 

@@ -38,7 +38,7 @@ def interrupted(
     at: Callable[[RunState], bool],
     first: Callable[[Rehearsal], None] = lambda _league: None,
 ) -> RunState:
-    """The state in which a league was when everything vanished, the moment that `at` held. `first` comes before that."""
+    """The state in which a league was when everything vanished, as soon as `at` held. `first` comes before that."""
 
     async def go() -> RunState:
         league = await Rehearsal(spec_of(replicas), path, make_compute=Paced).__aenter__()

@@ -24,6 +24,7 @@ from koinon.nodes import messages as m
 from koinon.nodes.clock import loop_time
 from koinon.nodes.publisher import Publisher
 from koinon.nodes.switchboard import Switchboard
+from koinon.nodes.waiting_room import WaitingRoom
 from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.items import unpack
@@ -85,6 +86,7 @@ class Coordinator:
         self.failure: StateError | None = None
         """Why the log takes nothing more, if it does not."""
         self._publisher = Publisher(log, transport)
+        self.room = WaitingRoom(spec.league.max_workers, lambda: self.state, self.write, board, clock)
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
         self._founders: dict[int, Member] = {}  # stage -> whom it was left to found it
@@ -113,10 +115,12 @@ class Coordinator:
             while self.state.phase not in (Phase.STOPPED, Phase.FAILED):
                 await asyncio.sleep(HEARTBEAT.value / 4)
                 self._watch_members()
+                self.room.tick()
                 self._watch_stages()
                 self._watch_reduces()
             await self._publisher.drain(FAREWELL)
         finally:
+            self.room.close()
             self._publisher.close()
 
     def write(self, *events: ev.Event) -> None:
@@ -142,6 +146,8 @@ class Coordinator:
 
     def _concerns(self, event: ev.Event, peer: PeerId) -> bool:
         """Whether a follower has to act on the event at once."""
+        if isinstance(event, ev.Queued | ev.Dequeued):
+            return False
         if peer == self.state.trainer:
             return True
         match event:
@@ -172,6 +178,8 @@ class Coordinator:
         old = self.state.member_of(peer)
         if old and self._wishes.get(old.member) == message.wish:
             return self._welcome(old, message)  # our answer got lost
+        if old is None and not self.room.has_seat_for(peer, message):
+            return await self.room.line_up(peer, message)
         if old:
             self.write(ev.SeatLeft(old.member, "its process started anew"))
         stage = self._stage_for(peer, message)

@@ -166,9 +166,11 @@ async def _leave_on_signal(
 
 
 async def _give_back(worker: Worker, transport: Transport, coordinator: PeerId) -> None:
-    """Nobody need wait for a seat that was taken and not used yet."""
+    """Nobody need wait for a seat that was taken and not used yet, or keep a place in line."""
     from koinon.nodes import messages as m
 
+    with contextlib.suppress(PeerError):
+        await worker.applicant.withdraw()
     seat = worker.state.member_of(transport.me)
     if seat is not None:
         with contextlib.suppress(PeerError):

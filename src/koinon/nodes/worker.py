@@ -20,6 +20,7 @@ from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
 from koinon.nodes import messages as m
+from koinon.nodes.applicant import Applicant
 from koinon.nodes.compute import Compute
 from koinon.nodes.counters import Counters
 from koinon.nodes.engine import Engine
@@ -74,6 +75,7 @@ class Worker:
         self._addresses: tuple[str, ...] = ()
         self._follower = RunFollower(transport, board, coordinator, run)
         self._syncer = Syncer(transport, board, compute, directory, secret)
+        self.applicant = Applicant(transport, coordinator)
         self._engine: Engine | None = None
         self._bench: Workbench | None = None
         self._reducer: Reducer | None = None
@@ -95,7 +97,9 @@ class Worker:
     def report(self) -> Report:
         """What it does now, for whoever watches its process."""
         state, counted = self.state, self._telemetry
-        mine = state.member_of(self._transport.me)
+        mine, waiting = state.member_of(self._transport.me), self.applicant.waiting
+        if waiting is not None:
+            return Report("waiting", ticket=waiting.ticket, position=waiting.position, waits_for=waiting.why)
         return Report(
             self._state,
             state.phase,
@@ -192,9 +196,7 @@ class Worker:
     async def _join(self) -> m.Welcome:
         stage, have = self._syncer.inventory(self._wanted)
         message = m.Join(self._account, self._addresses, secrets.token_hex(8), stage, have)
-        welcome = await insist(self._transport, self._coordinator, m.JOIN, message)
-        assert isinstance(welcome, m.Welcome)
-        return welcome
+        return await self.applicant.seat(message)
 
     async def _get_ready(self) -> None:
         """Fetch until the coordinator agrees that this member has what the stage has.

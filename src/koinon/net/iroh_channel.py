@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
 from typing import Any, Final
 
 from iroh import IrohError
@@ -17,7 +16,7 @@ from koinon.errors import PeerError, ProtocolMismatch, Refused
 from koinon.net.edges import Count
 from koinon.net.frames import Wire
 from koinon.net.iroh_pipe import ConnectionLost, Pipe
-from koinon.net.transport import Hello, common_protocol
+from koinon.net.transport import Gate, Hello, common_protocol
 from koinon.units import PeerId
 
 HELLO: Final = Wire(Hello)
@@ -53,7 +52,7 @@ class Channel:
 
     # --- hello
 
-    async def introduce(self, mine: Hello, gate: Callable[[PeerId, Hello], None]) -> None:
+    async def introduce(self, mine: Hello, gate: Gate) -> None:
         """The dialler's hello. Raises what the peer refused us for, or what we refuse it for."""
         try:
             pipe = await self._open()
@@ -64,19 +63,19 @@ class Channel:
         self._judge(mine, theirs, gate)
         self._idle.append(pipe)
 
-    async def welcome(self, mine: Hello, gate: Callable[[PeerId, Hello], None]) -> Pipe:
+    async def welcome(self, mine: Hello, gate: Gate) -> Pipe:
         """The other side's hello. The pipe on which it came goes on to carry requests."""
         pipe = await self.accept()
         self._judge(mine, await pipe.header(HELLO), gate)
         await pipe.write(HELLO.head(mine))
         return pipe
 
-    def _judge(self, mine: Hello, theirs: object, gate: Callable[[PeerId, Hello], None]) -> None:
+    def _judge(self, mine: Hello, theirs: object, gate: Gate) -> None:
         try:
             if not isinstance(theirs, Hello):
                 raise Refused("refused: a connection begins with a hello")
             common_protocol(mine.protocol, theirs.protocol)
-            gate(self.peer, theirs)
+            gate(self.peer, self.alpn, theirs)
         except PeerError as error:
             self.close(PROTOCOL if isinstance(error, ProtocolMismatch) else REFUSED, str(error))
             raise

@@ -240,6 +240,18 @@ class Ready(Message, frozen=True):
     nbytes: int = 0
 
 
+class Renew(Message, frozen=True):
+    """A member asks for a new pass, long before its own expires."""
+
+    member: int
+    nbytes: int = 0
+
+
+class Renewed(Message, frozen=True):
+    signed_pass: bytes
+    nbytes: int = 0
+
+
 class Held(Message, frozen=True):
     """A member holds every tensor's new bytes of this attempt, durably."""
 

@@ -91,6 +91,7 @@ async def _work(options: WorkerOptions, tell: Tell) -> None:
     from koinon.net.iroh_transport import IrohTransport
     from koinon.net.transport import NodeAddr
     from koinon.nodes.compute import ThreadCompute
+    from koinon.nodes.doorkeeper import Doorkeeper
     from koinon.nodes.faults import killed_at
     from koinon.nodes.introducer import Introducer
     from koinon.nodes.switchboard import Switchboard
@@ -99,7 +100,8 @@ async def _work(options: WorkerOptions, tell: Tell) -> None:
     torch.set_num_threads(options.threads)
     directory = Path(options.directory)
     key = NodeKey.load_or_create(directory / "key")
-    transport = IrohTransport(key, bind=options.bind, advertise=options.advertise)
+    door = Doorkeeper(PeerId(options.coordinator), RunId(options.run))
+    transport = IrohTransport(key, bind=options.bind, advertise=options.advertise, gate=door.admit)
     board, compute = Switchboard(STATE_LIMIT), ThreadCompute()
     worker = Worker(
         transport,
@@ -114,6 +116,7 @@ async def _work(options: WorkerOptions, tell: Tell) -> None:
         secret=bytes.fromhex(options.secret) if options.secret else None,
         reach=killed_at(options.faults),
     )
+    door.watch(lambda: worker.state, transport.hang_up)
     Introducer(board, options.whereabouts)
     address = await transport.start(board.services())
     transport.learn(NodeAddr(PeerId(options.coordinator), options.coordinator_addresses))

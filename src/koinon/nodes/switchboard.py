@@ -27,6 +27,7 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
         m.Claims,
         m.Heartbeat,
         m.Ready,
+        m.Renew,
         m.Held,
         m.Complain,
         m.Broken,
@@ -43,7 +44,7 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
 REPLIES: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
-    m.CTL: (m.Granted, m.Ack),
+    m.CTL: (m.Granted, m.Renewed, m.Ack),
     m.JOIN: (m.Welcome, m.Waiting, m.Later, m.Ack, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
     m.WORK: (),
     m.BULK: (m.Tensors,),

@@ -28,6 +28,7 @@ from koinon.nodes.faults import Point, Reach, nothing
 from koinon.nodes.flight import packed_ids, unpacked_ids
 from koinon.nodes.follower import RunFollower, insist
 from koinon.nodes.messages import Kind
+from koinon.nodes.pass_keeper import PassKeeper
 from koinon.nodes.reducer import Reducer
 from koinon.nodes.report import Report
 from koinon.nodes.switchboard import Switchboard
@@ -76,6 +77,7 @@ class Worker:
         self._follower = RunFollower(transport, board, coordinator, run)
         self._syncer = Syncer(transport, board, compute, directory, secret)
         self.applicant = Applicant(transport, coordinator)
+        self._passes = PassKeeper(transport, coordinator, run)
         self._engine: Engine | None = None
         self._bench: Workbench | None = None
         self._reducer: Reducer | None = None
@@ -145,6 +147,7 @@ class Worker:
         self._telemetry.flops_per_item = item_flops(
             spec.model, welcome.stage, spec.train.microbatch, spec.model.context
         ).total.count
+        self._spawn(self._passes.keep(welcome.member))
         self._spawn(self._get_ready())
         self._spawn(self._compute_loop())
         self._spawn(self._claim_loop())
@@ -170,6 +173,7 @@ class Worker:
         may have to be founded anew, or loaded from this very disk."""
         while True:
             welcome = await self._join()
+            self._passes.hold(welcome.signed_pass)
             await self._follower.start(self._addresses)
             while Member(welcome.member) not in self.state.seats:
                 await asyncio.sleep(0.01)

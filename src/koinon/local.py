@@ -187,7 +187,9 @@ class League:
 
         board = Switchboard(STATE_LIMIT)
         door = Doorkeeper(run.key.peer_id, RunId(run.spec.run_id))
-        transport = IrohTransport(run.key, bind=self._bind, advertise=self._advertise, gate=door.admit)
+        transport = IrohTransport(
+            run.key, bind=self._bind, advertise=self._advertise, gate=door.admit, knows=door.knows
+        )
         elsewhere = self._any_port()
         self._control = control = Control(
             run,

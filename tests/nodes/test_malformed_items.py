@@ -94,7 +94,9 @@ def _value(kind: object) -> object:
         return simple[kind]  # type: ignore[index]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind(**{f.name: _value(f.type) for f in msgspec.structs.fields(kind)})
-    return 7 if kind is NBytes else () if "tuple" in str(kind) else None
+    if kind is NBytes:
+        return 7
+    return (1, 1) if kind == tuple[int, int] else () if "tuple" in str(kind) else None
 
 
 @pytest.mark.parametrize("name", [kind.__name__ for kinds in (*REQUESTS.values(), *REPLIES.values()) for kind in kinds])

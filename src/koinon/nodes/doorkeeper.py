@@ -52,6 +52,11 @@ class Doorkeeper:
         if state.member_of(peer) is None:
             self._believe(peer, hello.shown, state)
 
+    def knows(self, peer: PeerId) -> bool:
+        """Whether it is no stranger: only then it may keep much of this node busy."""
+        state = self._state()
+        return peer in (self._coordinator, state.trainer) or peer in self._by_pass or state.member_of(peer) is not None
+
     def _believe(self, peer: PeerId, shown: Pass | None, state: RunState) -> None:
         """The pass, if it speaks of a seat that is newer than the log here."""
         if shown is None:

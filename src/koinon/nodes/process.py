@@ -101,7 +101,7 @@ async def _work(options: WorkerOptions, tell: Tell) -> None:
     directory = Path(options.directory)
     key = NodeKey.load_or_create(directory / "key")
     door = Doorkeeper(PeerId(options.coordinator), RunId(options.run))
-    transport = IrohTransport(key, bind=options.bind, advertise=options.advertise, gate=door.admit)
+    transport = IrohTransport(key, bind=options.bind, advertise=options.advertise, gate=door.admit, knows=door.knows)
     board, compute = Switchboard(STATE_LIMIT), ThreadCompute()
     worker = Worker(
         transport,

@@ -14,9 +14,9 @@ from itertools import islice
 from typing import TypeVar
 
 from koinon.errors import Refused, StateError
+from koinon.net.allowance import Allowance, Rate
 from koinon.net.transport import Answer
 from koinon.nodes import messages as m
-from koinon.nodes.allowance import Allowance, Rate
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
 from koinon.run.events import Ticket

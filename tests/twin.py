@@ -19,9 +19,10 @@ from koinon.data import DataConfig, prepare
 from koinon.net.hub import Faults, Hub
 from koinon.net.identity import NodeKey
 from koinon.net.memory import MemoryTransport
-from koinon.net.transport import NodeAddr
+from koinon.net.transport import NodeAddr, Transport
 from koinon.nodes.compute import Compute, InlineCompute
 from koinon.nodes.control import Control, create, reopen, resume_point, sampling_seed, stage_secret
+from koinon.nodes.doorkeeper import Doorkeeper
 from koinon.nodes.faults import Point, Reach
 from koinon.nodes.inventory import _check
 from koinon.nodes.process import STATE_LIMIT
@@ -31,6 +32,7 @@ from koinon.nodes.worker import Worker
 from koinon.run import events as ev
 from koinon.run.spec import RunSpec
 from koinon.run.state import RunState, SeatStatus
+from koinon.units import RunId
 
 
 @functools.cache
@@ -77,7 +79,10 @@ class TwinLeague:
         if not self.resume:
             shutil.copytree(_prepared(self.spec.data), self.directory.data)
         run = reopen(self.directory) if self.resume else create(self.spec, self.directory, lambda *_: None)
-        self.control = Control(run, MemoryTransport(self.hub, run.key), board := Switchboard(STATE_LIMIT))
+        door = Doorkeeper(run.key.peer_id, RunId(run.spec.run_id))
+        transport = MemoryTransport(self.hub, run.key, gate=door.admit)
+        self.control = Control(run, transport, board := Switchboard(STATE_LIMIT))
+        door.watch(lambda: self.state, transport.hang_up)
         del board
         self.control.follower.listen(lambda event, _state: self.events.append(event))
         if self.resume:
@@ -108,7 +113,8 @@ class TwinLeague:
         folder = self.directory.seat(stage, seat)
         folder.mkdir(parents=True, exist_ok=True)
         key = NodeKey.load_or_create(folder / "key")
-        transport = MemoryTransport(self.hub, key)
+        door = Doorkeeper(self.address.peer, RunId(self.control.run_.spec.run_id))
+        transport = MemoryTransport(self.hub, key, gate=door.admit)
         board, compute = Switchboard(STATE_LIMIT), self.make_compute()
         worker = Worker(
             transport,
@@ -123,10 +129,16 @@ class TwinLeague:
             secret=stage_secret(self.spec, stage),
             reach=self._reach(stage, seat, self.plan.pop((stage, seat), set())),
         )
+        door.watch(lambda: worker.state, transport.hang_up)
         mine = await transport.start(board.services())
         transport.learn(NodeAddr(self.address.peer, self.address.addresses))
         task = asyncio.create_task(worker.run(mine.addresses))
         self.workers[stage, seat] = TwinWorker(worker, transport, task, compute)
+
+    def hub_address(self, node: Transport) -> NodeAddr:
+        """Where a node of this league can be dialled."""
+        where = next(address for address, member in self.hub.members.items() if member.me == node.me)
+        return NodeAddr(node.me, (where,))
 
     def _reach(self, stage: int, seat: int, planned: set[tuple[Point, int]]) -> Reach:
         def reach(point: Point, step: int) -> None:

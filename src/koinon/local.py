@@ -40,6 +40,7 @@ from koinon.nodes.control import (
     resume_point_elsewhere,
     stage_secret,
 )
+from koinon.nodes.doorkeeper import Doorkeeper
 from koinon.nodes.host import Host
 from koinon.nodes.messages import Telemetry
 from koinon.nodes.process import STATE_LIMIT, WorkerOptions
@@ -49,7 +50,7 @@ from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.spec import RunSpec, recipes
 from koinon.run.state import Phase, RunState, SeatStatus
-from koinon.units import PeerId
+from koinon.units import PeerId, RunId
 
 T = TypeVar("T")
 _Kind = tuple[tuple[str, str], ...]
@@ -185,7 +186,10 @@ class League:
         from koinon.net.iroh_transport import IrohTransport
 
         board = Switchboard(STATE_LIMIT)
-        transport = IrohTransport(run.key, bind=self._bind, advertise=self._advertise)
+        door = Doorkeeper(run.key.peer_id, RunId(run.spec.run_id))
+        transport = IrohTransport(
+            run.key, bind=self._bind, advertise=self._advertise, gate=door.admit, knows=door.knows
+        )
         elsewhere = self._any_port()
         self._control = control = Control(
             run,
@@ -194,6 +198,7 @@ class League:
             trains=self._trains,
             dialler=lambda: IrohTransport(NodeKey.generate(), bind=elsewhere),
         )
+        door.watch(lambda: control.coordinator.state, transport.hang_up)
         for listener in self._listeners:
             control.follower.listen(listener)
         if self._resumes:

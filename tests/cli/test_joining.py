@@ -119,3 +119,17 @@ def test_an_invitation_may_lie_in_a_file(tmp_path) -> None:
     (tmp_path / "invitation").write_text("koinon1abc\n")
     assert text_of(str(tmp_path / "invitation")) == "koinon1abc\n"
     assert text_of("koinon1abc") == "koinon1abc"
+
+
+def test_who_waits_reads_its_number_and_its_place_once_per_change() -> None:
+    on, out = console(terminal=False)
+    screen = PlainJoin(TINY, on, now=iter(range(0, 1000, 10)).__next__)
+    with screen:
+        for place in (12, 12, 12, 7, 7):
+            screen.hear(Report("waiting", ticket=240, position=place, waits_for="all 8 seats are taken"))
+        screen.hear(Report("syncing", stage=0, seat=1))
+    assert out.getvalue().splitlines()[:2] == [
+        "waiting for a seat: number 240, place 12 in line; all 8 seats are taken",
+        "waiting for a seat: number 240, place 7 in line; all 8 seats are taken",
+    ]
+    assert len(out.getvalue().splitlines()) == 3

@@ -19,6 +19,7 @@ AFTER_START = [state for _, state in told([opened(), *everyone()])][-1]
 EXAMPLES: dict[type, object] = {
     int: 1, float: 0.5, bool: False, str: "abc", bytes: b"\xc0", tuple[str, ...]: ("w",), tuple[int, ...]: (0, 1),
     Member: Member(1), tuple[Member, ...]: (Member(0), Member(2)), tuple[bytes, ...]: (b"\x80", b"\x40"),
+    tuple[ev.Ticket, ...]: (ev.Ticket(1, "w", "a"),),
 }  # fmt: skip
 
 
@@ -59,4 +60,4 @@ def test_a_step_is_routine_whatever_its_loss(event: ev.StepMeasured) -> None:
 
 def test_what_harms_a_run_is_bad_news() -> None:
     bad = {kind.__name__ for kind in get_args(ev.Event) if tone(example(kind)) is Tone.BAD}
-    assert bad == {"SeatLeft", "Unreachable", "Excluded", "ItemDropped", "Disputed", "RunFailed"}
+    assert bad == {"SeatLeft", "Unreachable", "Excluded", "ItemDropped", "Disputed", "RunFailed", "Revoked"}

@@ -252,7 +252,7 @@ async def test_versions_without_a_common_one_are_told_what_to_do(net: Net) -> No
 
 @contract
 async def test_a_gate_keeps_a_peer_out_on_either_side(net: Net) -> None:
-    def members_only(_peer: PeerId, hello: Hello) -> None:
+    def members_only(_peer: PeerId, _alpn: str, hello: Hello) -> None:
         if hello.run != "ours":
             raise Refused("this is a private circle")
 

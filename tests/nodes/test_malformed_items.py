@@ -16,7 +16,7 @@ import pytest
 
 from koinon.errors import FrameError, PeerError, Refused
 from koinon.model.codec import nbytes
-from koinon.net.frames import Wire, body_size
+from koinon.net.frames import NBytes, Wire, body_size
 from koinon.nodes import messages as m
 from koinon.nodes.flight import NOBODY
 from koinon.nodes.switchboard import REPLIES, REQUESTS
@@ -94,7 +94,9 @@ def _value(kind: object) -> object:
         return simple[kind]  # type: ignore[index]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind(**{f.name: _value(f.type) for f in msgspec.structs.fields(kind)})
-    return () if "tuple" in str(kind) else None
+    if kind is NBytes:
+        return 7
+    return (1, 1) if kind == tuple[int, int] else () if "tuple" in str(kind) else None
 
 
 @pytest.mark.parametrize("name", [kind.__name__ for kinds in (*REQUESTS.values(), *REPLIES.values()) for kind in kinds])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koinon.errors import PeerError, Refused
+from koinon.net.allowance import Allowance, Rate
 from koinon.net.clock import run_virtual
 from koinon.net.hub import Faults, Hub
 from koinon.net.identity import NodeKey
@@ -19,7 +20,6 @@ from koinon.net.passes import verify_record
 from koinon.net.transport import NodeAddr
 from koinon.nodes import join_messages as j
 from koinon.nodes import messages as m
-from koinon.nodes.allowance import Allowance, Rate
 from koinon.nodes.introducer import Introducer
 from koinon.nodes.reception import AT_ONCE, KNOCKS, REACHES, Reception
 from koinon.nodes.switchboard import Switchboard

@@ -25,6 +25,11 @@ items = st.lists(st.integers(0, 9), max_size=4).map(pack)
 several = st.lists(member, max_size=3).map(tuple), st.lists(items, max_size=3).map(tuple)
 ANY: dict[type, st.SearchStrategy[Event]] = {
     ev.RunOpened: st.just(OPENED),
+    ev.Queued: st.builds(
+        ev.Queued, st.lists(st.builds(ev.Ticket, st.integers(0, 9), text, text), max_size=3).map(tuple)
+    ),
+    ev.Dequeued: st.builds(ev.Dequeued, st.lists(text, max_size=2).map(tuple), text),
+    ev.Revoked: st.builds(ev.Revoked, text, text),
     ev.Seated: st.builds(ev.Seated, member, text, text, stage, st.integers(0, 2), st.just(())),
     ev.SeatReady: st.builds(ev.SeatReady, member, step, text),
     ev.SeatMoved: st.builds(ev.SeatMoved, member, st.just(("there",))),

@@ -1,7 +1,7 @@
 """`koinon join` and `koinon leave`: this machine as a worker of a run that somebody else coordinates.
 
-Checks come first, then a worker process, which is watched and started again; a league without a free seat is waited
-for. Knows nothing of how a check is made or a worker works.
+Checks come first, then a worker process, which is watched and started again, and which waits in line where no seat is
+free. Knows nothing of how a check is made or a worker works.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ JOINED = Path("joined")
 CRASHES_ALLOWED = 5
 """Times in a row that the worker's process may end before it has worked."""
 ASK_AGAIN = Seconds(2.0), Seconds(30.0)
-"""First and longest pause between two knocks at a run that has no seat now."""
+"""First and longest pause between two knocks at a run that stands still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class _Joining:
         return False
 
     async def _room(self, examination: Examination, screen: JoinScreen) -> bool:
-        """Wait for a seat, asking politely; True if the run is complete. Here a queue will have its place."""
+        """Wait until the run goes on, asking politely; True if it is complete."""
         pause, told = ASK_AGAIN[0].value, ""
         while True:
             try:
@@ -163,10 +163,8 @@ class _Joining:
                     raise StateError(f"The run has failed: {opened.reason}")
                 if opened.phase == Phase.STOPPED:
                     why = f"The run is stopped: {opened.reason}"
-                elif opened.taken >= opened.places and not opened.has_seat:
-                    why = f"The league is full: {opened.taken} of {opened.places} seats are taken"
                 else:
-                    return False
+                    return False  # if the league is full, the worker waits in its line
             if why != told:
                 screen.tell(f"{why.rstrip('.')}. Asking again from time to time; Ctrl-C leaves.")
                 told = why

@@ -23,7 +23,14 @@ from koinon.units import Bytes, Seconds
 LINE_EVERY = Seconds(5.0)
 WINDOW = Seconds(15.0)
 """Tokens per second are those of the last quarter of a minute."""
-STYLES = {"joining": "yellow", "syncing": "yellow", "idle": "green", "working": "bold green", "ended": "default"}
+STYLES = {
+    "joining": "yellow",
+    "waiting": "yellow",
+    "syncing": "yellow",
+    "idle": "green",
+    "working": "bold green",
+    "ended": "default",
+}
 
 
 class Speed:
@@ -46,6 +53,8 @@ def sentence(report: Report, spec: RunSpec, tokens_per_second: float) -> str:
     """A worker's state in one line."""
     place = "" if report.stage is None else f"stage {report.stage}, seat {report.seat}: "
     match report.state:
+        case "waiting":
+            return f"waiting for a seat: number {report.ticket}, place {report.position:,} in line; {report.waits_for}"
         case "syncing":
             whole = needs(spec)[report.stage or 0].state
             return f"{place}syncing, {Bytes(report.received)} of about {whole}"
@@ -117,7 +126,9 @@ class PlainJoin:
         now = self._now()
         speed = self._speed.note(now, report.tokens)
         state = "working" if report.state == "idle" and report.items else report.state
-        if state == self._state and now - self._line_at < LINE_EVERY.value:
+        if state == "waiting":
+            state = sentence(report, self._spec, 0.0)  # it may wait for hours: a line when something changes
+        if state == self._state and (report.state == "waiting" or now - self._line_at < LINE_EVERY.value):
             return
         self._state, self._line_at = state, now
         self._console.print(sentence(report, self._spec, speed))

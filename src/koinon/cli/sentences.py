@@ -31,6 +31,8 @@ def tone(event: ev.Event) -> Tone:
             return Tone.GOOD
         case ev.ItemsReleased() | ev.ReduceAborted() | ev.MomentumLost() | ev.RunStopped() | ev.Seated():
             return Tone.NOTED
+        case ev.Revoked():
+            return Tone.BAD
         case ev.SeatLeft(drained=drained):
             return Tone.NOTED if drained else Tone.BAD
         case ev.Unreachable() | ev.Excluded() | ev.RunFailed() | ev.Disputed() | ev.ItemDropped():
@@ -57,6 +59,13 @@ def sentence(event: ev.Event, state: RunState) -> str:
             return f"Step {step}: loss {loss:.4f}{beside}."
         case ev.Evaluated(step=step, loss=loss):
             return f"Held-out loss with the weights of step {step}: {loss:.4f}."
+        case ev.Queued(tickets=tickets):
+            return f"{_count(len(tickets), 'worker')} more wait{'s' if len(tickets) == 1 else ''} for a seat."
+        case ev.Dequeued(workers=workers, reason=reason):
+            left = "does" if len(workers) == 1 else "do"
+            return f"{_count(len(workers), 'worker')} {left} not wait any more: {reason}."
+        case ev.Revoked(worker=worker, reason=reason):
+            return f"Worker {worker[:10]} takes no part any more: {reason}."
         case (
             ev.Seated()
             | ev.SeatReady()

@@ -30,6 +30,10 @@ class Edges:
         """The counter to add to; the same object every time."""
         return self._counts.setdefault(peer, {}).setdefault(alpn, Count())
 
+    def forget(self, peer: PeerId) -> None:
+        """A stranger that is gone: node keys are free, so they are not counted for ever."""
+        self._counts.pop(peer, None)
+
     def peers(self) -> Iterable[PeerId]:
         return self._counts.keys()
 

@@ -152,6 +152,8 @@ class FrameReader:
     """
 
     def __init__(self) -> None:
+        self.limit = MAX_HEADER
+        """Longest header that is waited for."""
         self._buffer = bytearray()
         self._body: bytearray | None = None
         self._room = memoryview(b"")
@@ -207,6 +209,6 @@ class FrameReader:
 
     def _header_length(self) -> int:
         (length,) = _LENGTH.unpack_from(self._buffer)
-        if length > MAX_HEADER:
-            raise FrameTooLarge(f"A header of {length} bytes was announced, {MAX_HEADER} are allowed.")
+        if length > self.limit:
+            raise FrameTooLarge(f"A header of {length} bytes was announced, {self.limit} are allowed.")
         return int(length)

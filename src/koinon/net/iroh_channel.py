@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
 from typing import Any, Final
 
 from iroh import IrohError
 
 from koinon.errors import PeerError, ProtocolMismatch, Refused
 from koinon.net.edges import Count
-from koinon.net.frames import Wire
+from koinon.net.frames import MAX_HEADER, Wire
 from koinon.net.iroh_pipe import ConnectionLost, Pipe
-from koinon.net.transport import Hello, common_protocol
+from koinon.net.transport import Gate, Hello, common_protocol
 from koinon.units import PeerId
 
 HELLO: Final = Wire(Hello)
+HELLO_LIMIT: Final = 4096
+"""Bytes of a hello: a pass and a few names."""
+STRANGER_PIPES: Final = 8
+STRANGER_HEADER: Final = 16 * 1024
+"""What a stranger may make this node keep, per connection: so many streams, each with a header of that size."""
 MAX_PIPES: Final = 64
 """Streams that a peer may have open on one connection: each may hold a header and a small body in memory. The asking
 side stays two below, since the library would let it wait for a stream that is never closed."""
@@ -43,6 +47,8 @@ class Channel:
         self.peer, self.alpn = peer, alpn
         self.boot = ""
         self.retired = False
+        self.is_stranger = False
+        """The other side is no member of anything: it may make this node keep little."""
         self._connection, self._count = connection, count
         self._idle: list[Pipe] = []
         self.busy = 0
@@ -51,9 +57,14 @@ class Channel:
         self._room = asyncio.Semaphore(MAX_PIPES - 2)
         connection.set_max_concurrent_bi_streams(MAX_PIPES)
 
+    @property
+    def heard(self) -> float:
+        """When the peer was heard last, under this ALPN."""
+        return self._count.heard
+
     # --- hello
 
-    async def introduce(self, mine: Hello, gate: Callable[[PeerId, Hello], None]) -> None:
+    async def introduce(self, mine: Hello, gate: Gate) -> None:
         """The dialler's hello. Raises what the peer refused us for, or what we refuse it for."""
         try:
             pipe = await self._open()
@@ -64,19 +75,32 @@ class Channel:
         self._judge(mine, theirs, gate)
         self._idle.append(pipe)
 
-    async def welcome(self, mine: Hello, gate: Callable[[PeerId, Hello], None]) -> Pipe:
+    async def welcome(self, mine: Hello, gate: Gate) -> Pipe:
         """The other side's hello. The pipe on which it came goes on to carry requests."""
         pipe = await self.accept()
+        pipe.bound(HELLO_LIMIT)
         self._judge(mine, await pipe.header(HELLO), gate)
+        pipe.bound(self._longest)
         await pipe.write(HELLO.head(mine))
         return pipe
 
-    def _judge(self, mine: Hello, theirs: object, gate: Callable[[PeerId, Hello], None]) -> None:
+    def distrust(self) -> None:
+        """Before anything is read: this is a stranger's."""
+        self.is_stranger = True
+        self._connection.set_max_concurrent_bi_streams(STRANGER_PIPES)
+
+    def trust(self, pipe: Pipe) -> None:
+        """What it showed makes it a member. `pipe`: the one that brought the hello."""
+        self.is_stranger = False
+        self._connection.set_max_concurrent_bi_streams(MAX_PIPES)
+        pipe.bound(self._longest)
+
+    def _judge(self, mine: Hello, theirs: object, gate: Gate) -> None:
         try:
             if not isinstance(theirs, Hello):
                 raise Refused("refused: a connection begins with a hello")
             common_protocol(mine.protocol, theirs.protocol)
-            gate(self.peer, theirs)
+            gate(self.peer, self.alpn, theirs)
         except PeerError as error:
             self.close(PROTOCOL if isinstance(error, ProtocolMismatch) else REFUSED, str(error))
             raise
@@ -151,7 +175,13 @@ class Channel:
             raise lost from error
 
     def _pipe(self, stream: Any) -> Pipe:
-        return Pipe(stream, self.peer, self._count, self._lost)
+        pipe = Pipe(stream, self.peer, self._count, self._lost)
+        pipe.bound(self._longest)
+        return pipe
+
+    @property
+    def _longest(self) -> int:
+        return STRANGER_HEADER if self.is_stranger else MAX_HEADER
 
     def _release(self) -> None:
         self._room.release()

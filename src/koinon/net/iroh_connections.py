@@ -17,18 +17,23 @@ import iroh
 
 from koinon.errors import PeerError, PeerUnreachable, PortInUse, Refused, TransportUnusable
 from koinon.net import iroh_buffers
+from koinon.net.allowance import Allowance, Rate
 from koinon.net.deadlines import CONNECT
 from koinon.net.dials import Dials
 from koinon.net.edges import Edges
 from koinon.net.iroh_channel import GOODBYE, REFUSED, Channel, why
 from koinon.net.iroh_pipe import ConnectionLost, Pipe
+from koinon.net.threshold import Caller, Ruling, Threshold
 from koinon.net.transport import Gate, Hello
 from koinon.units import PeerId, Seconds
 
 log = logging.getLogger("koinon.net")
 
-MAX_HANDSHAKES: Final = 256
-"""Strangers that may be shaking hands at once. Node keys are free, so the rest is refused unseen."""
+MAX_STRANGERS: Final = 1024
+"""Connections of strangers. One more closes the one that has been silent longest."""
+PER_STRANGER: Final = 8
+CALLS: Final = Rate(40, 2.0), Rate(4096, 1000.0)
+"""Connections that one stranger's key may begin, and all together."""
 MAX_CHANNELS: Final = 128
 """Connections that one peer may hold to this node."""
 MAX_SPREAD: Final = 12
@@ -46,6 +51,10 @@ class Host:
     addresses: Callable[[PeerId], tuple[str, ...]]
     serve: Callable[[Channel, Pipe], Awaitable[None]]
     spawn: Callable[[Coroutine[Any, Any, None]], None]
+    knows: Callable[[PeerId], bool]
+    """Whether a peer is no stranger."""
+    is_friend: Callable[[str], bool]
+    """Whether a peer that is no stranger may be at that address."""
 
 
 class Connections:
@@ -54,10 +63,14 @@ class Connections:
     def __init__(self, host: Host, edges: Edges) -> None:
         self._host, self._edges = host, edges
         self._endpoint: Any = None
+        self._alpns: set[str] = set()
+        """Under which there were connections: few, for they are this node's own services."""
         self._channels: dict[tuple[PeerId, str], list[Channel]] = {}
         self._dials = Dials(self.dial)
         self._widening: set[tuple[PeerId, str]] = set()
-        self._handshakes = 0
+        self._threshold = Threshold(host.is_friend)
+        self._calls = Allowance(*CALLS, remembered=4096)
+        self._strangers: set[Channel] = set()
 
     async def listen(self, secret: bytes, bind: str, alpns: Sequence[str]) -> tuple[str, ...]:
         """Bind and accept; returns the addresses. Raises PortInUse, TransportUnusable."""
@@ -105,6 +118,9 @@ class Connections:
         standing = self._channels.get((channel.peer, channel.alpn), [])
         if channel in standing:
             standing.remove(channel)
+        if not standing:
+            self._channels.pop((channel.peer, channel.alpn), None)
+        self._forget_stranger(channel)
 
     async def connect(self, peer: PeerId, alpn: str) -> Channel:
         """A standing connection, or a new one; concurrent callers share one dial. Raises what `dial` raises."""
@@ -166,23 +182,32 @@ class Connections:
         return Channel(connection, peer, alpn, self._edges.count(peer, alpn))
 
     async def _accept_all(self) -> None:
+        clock = asyncio.get_running_loop().time
         while (incoming := await self._endpoint.accept_next()) is not None:
-            if self._handshakes >= MAX_HANDSHAKES:
-                self._host.spawn(_refuse(incoming))
-            else:
-                self._handshakes += 1
-                self._host.spawn(self._welcome(incoming))
+            caller = await _caller(incoming)
+            match self._threshold.judge(caller, clock()):
+                case Ruling.ENTER:
+                    self._host.spawn(self._welcome(incoming, caller))
+                case Ruling.PROVE:
+                    self._host.spawn(_told(incoming.retry()))
+                case Ruling.REFUSE:
+                    self._host.spawn(_told(incoming.refuse()))
 
-    async def _welcome(self, incoming: Any) -> None:
+    async def _welcome(self, incoming: Any, caller: Caller) -> None:
+        clock, took = asyncio.get_running_loop().time, None
+        began = clock()
         try:
-            async with asyncio.timeout(CONNECT.value):
+            async with asyncio.timeout(self._threshold.patience().value):
                 channel = self._channel_of(await (await incoming.accept()).connect())
                 pipe = await channel.welcome(self._host.hello(), self._host.gate)
+            if channel.is_stranger and self._host.knows(channel.peer):
+                channel.trust(pipe)
+            took = clock() - began
         except (iroh.IrohError, TimeoutError, PeerError) as error:
             log.info("a connection was not made: %s", why(error) if isinstance(error, iroh.IrohError) else error)
             return
         finally:
-            self._handshakes -= 1
+            self._threshold.leave(caller, took)
         self._keep(channel)
         self._host.spawn(self._serve(channel, pipe))
         await self._attend(channel)
@@ -190,19 +215,43 @@ class Connections:
     def _channel_of(self, connection: Any) -> Channel:
         peer, alpn = PeerId(str(connection.remote_id())), connection.alpn().decode()
         channel = Channel(connection, peer, alpn, self._edges.count(peer, alpn))
-        if sum(1 for other in self.all() if other.peer == peer) >= MAX_CHANNELS:
-            reason = f"refused: you hold {MAX_CHANNELS} connections to this node"
+        known = self._host.knows(peer)
+        most, reason = (MAX_CHANNELS if known else PER_STRANGER), ""
+        if not known:
+            channel.distrust()
+            if wait := self._calls.take(peer, 1, asyncio.get_running_loop().time()).value:
+                reason = f"refused: you have called too often; call again in {Seconds(wait)}"
+        if not reason and sum(len(self._channels.get((peer, name), ())) for name in self._alpns) >= most:
+            reason = f"refused: you hold {most} connections to this node"
+        if reason:
             channel.close(REFUSED, reason)
+            self._forget_stranger(channel)
             raise Refused(reason)
         return channel
 
+    def _seat_stranger(self, channel: Channel) -> None:
+        """Among those of other strangers; where there are too many, the one that was silent longest makes room."""
+        self._strangers.add(channel)
+        if len(self._strangers) > MAX_STRANGERS:
+            silent = min(self._strangers, key=lambda other: other.heard)
+            self._strangers.discard(silent)
+            silent.close(GOODBYE, "others need the place: call again")
+
+    def _forget_stranger(self, channel: Channel) -> None:
+        self._strangers.discard(channel)
+        if channel.is_stranger and not any(self._channels.get((channel.peer, name)) for name in self._alpns):
+            self._edges.forget(channel.peer)
+
     def _keep(self, channel: Channel) -> None:
         """Use a new connection. One from another boot of the peer shows that the older ones are dead."""
-        for other in self.all():
-            if other.peer == channel.peer and other.boot != channel.boot:
+        for other in [c for name in self._alpns for c in self._channels.get((channel.peer, name), ())]:
+            if other.boot != channel.boot:
                 other.close(GOODBYE, "you were restarted")
                 self.drop(other)
+        self._alpns.add(channel.alpn)
         self._channels.setdefault((channel.peer, channel.alpn), []).append(channel)
+        if channel.is_stranger:
+            self._seat_stranger(channel)
 
     async def _attend(self, channel: Channel) -> None:
         """Serve what the peer opens, until the connection ends."""
@@ -228,9 +277,19 @@ class Connections:
         return tuple(found) or (f"127.0.0.1:{port}",)
 
 
-async def _refuse(incoming: Any) -> None:
+async def _caller(incoming: Any) -> Caller:
+    """Where it comes from, as far as the library tells."""
+    with contextlib.suppress(iroh.IrohError):
+        address = await incoming.remote_addr()
+        if address.is_ip():
+            host = str(address.addr).rpartition(":")[0].strip("[]")
+            return Caller(host, is_proven=await incoming.remote_addr_validated())
+    return Caller("")
+
+
+async def _told(answer: Awaitable[None]) -> None:
     with contextlib.suppress(iroh.IrohError):  # it went by itself
-        await incoming.refuse()
+        await answer
 
 
 def _unbound(bind: str, error: iroh.IrohError) -> Exception:

@@ -59,10 +59,23 @@ class Pipe:
         for start in range(0, len(view), PIECE):
             await self._moving(self._send.write_all(view[start : start + PIECE]))
 
+    def bound(self, header: int) -> None:
+        """No longer headers than that are waited for."""
+        self._reader.limit = header
+
     async def header(self, wire: Wire) -> msgspec.Struct | None:
-        """The next header; None when the peer ended the stream between two frames. Raises FrameError."""
+        """The next header; None when the peer ended the stream between two frames. Raises FrameError, DeadlinePassed.
+
+        Whoever has begun one ends it in `STALL`, however the bytes drip.
+        """
+        begun: float | None = None
         while (header := self._reader.header(wire)) is None:
-            data = await self._read(self._recv.read(max(_READ_FIRST, self._reader.wanted)))
+            reading = self._read(self._recv.read(max(_READ_FIRST, self._reader.wanted)))
+            if self._reader.held:
+                begun = begun if begun is not None else self._clock()
+                data = await self._moving(reading, begun + STALL.value)
+            else:
+                data = await reading
             if not data:
                 if self._reader.held:
                     raise FrameMalformed("A stream ended inside a header.")
@@ -100,10 +113,10 @@ class Pipe:
         self._reader.feed(data)
         return data
 
-    async def _moving(self, call: Awaitable[T]) -> T:
+    async def _moving(self, call: Awaitable[T], until: float | None = None) -> T:
         """Something that a living peer and link do soon."""
         try:
-            async with asyncio.timeout(STALL.value):
+            async with asyncio.timeout_at(until if until is not None else self._clock() + STALL.value):
                 return await self._try(call)
         except TimeoutError:
             raise DeadlinePassed(f"{self._peer[:10]} stopped in the middle of a frame for {STALL}.") from None

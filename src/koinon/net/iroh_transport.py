@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -24,7 +24,8 @@ from koinon.net.iroh_channel import HUNG_UP, Channel
 from koinon.net.iroh_connections import Connections, Host
 from koinon.net.iroh_pipe import ConnectionLost, Pipe
 from koinon.net.lanes import LANE, WIRE, Piece
-from koinon.net.transport import Gate, Hello, Link, NodeAddr, Reply, Service, open_gate
+from koinon.net.transport import Gate, Hello, Link, NodeAddr, Reply, Service, everybody, open_gate
+from koinon.net.turnstile import Turnstile
 from koinon.units import PeerId, Seconds
 
 log = logging.getLogger("koinon.net")
@@ -45,10 +46,13 @@ class IrohTransport(Exchange):
         advertise: Sequence[str] = (),
         hello: Hello | None = None,
         gate: Gate = open_gate,
+        knows: Callable[[PeerId], bool] = everybody,
     ) -> None:
+        """knows: whether a peer is no stranger. What strangers may keep busy is bounded, and they let others pass."""
         super().__init__(key, hello=hello, gate=gate)
         self._bind, self._advertise = bind, tuple(advertise)
-        host = Host(lambda: self.hello, gate, self._addresses_of, self._serve, self._spawn)
+        host = Host(lambda: self.hello, gate, self._addresses_of, self._serve, self._spawn, knows, self._is_friend)
+        self._turnstile = Turnstile()
         self._connections = Connections(host, self._edges)
         self._bodies = Bodies(self._connections)
 
@@ -153,8 +157,12 @@ class IrohTransport(Exchange):
     async def _serve_requests(self, channel: Channel, pipe: Pipe) -> None:
         service, wire = self._services[channel.alpn], self._replies[channel.alpn]
         try:
+            if channel.is_stranger:
+                await self._turnstile.enter(channel.peer)
             while (header := await pipe.header(service.requests)) is not None:
                 await self._answer(channel.peer, pipe, service, wire, header)
+                if channel.is_stranger:
+                    await self._turnstile.enter(channel.peer)
             await pipe.finish()
         except FrameError as error:
             log.info("turned away a stream of %s on %s: %s", channel.peer[:10], channel.alpn, error)
@@ -182,6 +190,13 @@ class IrohTransport(Exchange):
         while (piece := await pipe.header(WIRE)) is not None:
             assert isinstance(piece, Piece)
             await self._bodies.take_piece(peer, piece, pipe)
+
+    def _is_friend(self, host: str) -> bool:
+        return any(
+            address.rpartition(":")[0].strip("[]") == host
+            for addr in self._addresses.values()
+            for address in addr.addresses
+        )
 
     # --- measuring
 

@@ -160,7 +160,7 @@ class MemoryTransport(Exchange):
         theirs, _ = _whole(_HELLO, hello, 0)
         assert isinstance(theirs, Hello)
         common_protocol(self._hello.protocol, theirs.protocol)
-        self.gate(peer, theirs)
+        self.gate(peer, alpn, theirs)
         connection = "/".join(sorted((self.boot, theirs.boot)))
         if any(p == peer and name != connection for (p, _), name in self._connections.items()):
             self._forget(peer, "it was restarted")

@@ -32,6 +32,8 @@ class Pass(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     stage: int | None
     term: int
     not_after: int
+    member: int | None = None
+    """Which incarnation of the node: another process under the same key has another pass."""
     signature: bytes = b""
 
 
@@ -47,19 +49,38 @@ class AddressRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 def issue(
-    key: NodeKey, *, run: str, node: PeerId, account: str, role: str, stage: int | None, term: int, not_after: int
+    key: NodeKey,
+    *,
+    run: str,
+    node: PeerId,
+    account: str,
+    role: str,
+    stage: int | None,
+    term: int,
+    not_after: int,
+    member: int | None = None,
 ) -> Pass:
     """A pass signed by the coordinator's key."""
-    blank = Pass(run=run, node=node, account=account, role=role, stage=stage, term=term, not_after=not_after)
+    blank = Pass(
+        run=run, node=node, account=account, role=role, stage=stage, term=term, not_after=not_after, member=member
+    )
     return msgspec.structs.replace(blank, signature=key.sign(_PASS_DOMAIN, _signed_bytes(blank)))
 
 
 def check(
-    shown: Pass | None, *, issuer: PeerId, node: PeerId, run: str, now: float, revoked: Container[str] = ()
+    shown: Pass | None,
+    *,
+    issuer: PeerId,
+    node: PeerId,
+    run: str,
+    now: float,
+    term: int = 0,
+    revoked: Container[str] = (),
 ) -> Pass:
     """The pass, if `node` may show it in this run at this time. Raises Refused with the reason.
 
-    `revoked` holds node ids. Cheap checks come first: a stranger costs no signature check.
+    `term`: the newest that is known; passes of older ones are void. `revoked` holds node ids.
+    Cheap checks come first: a stranger costs no signature check.
     """
     if shown is None:
         raise Refused("no pass was shown; join the run first")
@@ -69,6 +90,8 @@ def check(
         raise Refused(f"the pass is for run {shown.run[:10]}, this is run {run[:10]}")
     if node in revoked:
         raise Refused(f"the pass of {node[:10]} was revoked")
+    if shown.term < term:
+        raise Refused(f"the pass is of term {shown.term}, and the run is in term {term}: ask for a new one")
     if now > shown.not_after + GRACE.value:
         raise Refused(f"the pass expired {now - shown.not_after:.0f} s ago; renew it, or set this machine's clock")
     if not verify(issuer, _PASS_DOMAIN, _signed_bytes(shown), shown.signature):

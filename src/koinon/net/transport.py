@@ -112,12 +112,17 @@ class Hello(Header, frozen=True, tag="hello"):
     boot: str = ""
 
 
-Gate: TypeAlias = Callable[[PeerId, Hello], None]
-"""Raises Refused to keep a peer out, before any of its requests is read."""
+Gate: TypeAlias = Callable[[PeerId, str, Hello], None]
+"""Asked for each connection: the peer, the ALPN, its hello. Raises Refused to keep it out, before a request is read."""
 
 
-def open_gate(_peer: PeerId, _hello: Hello) -> None:
+def open_gate(_peer: PeerId, _alpn: str, _hello: Hello) -> None:
     """Lets everybody in: for tests, private circles and the admission service."""
+
+
+def everybody(_peer: PeerId) -> bool:
+    """No peer is a stranger: for tests and private circles."""
+    return True
 
 
 def common_protocol(mine: tuple[int, int], theirs: tuple[int, int]) -> int:

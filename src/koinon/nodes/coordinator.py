@@ -18,12 +18,13 @@ import msgspec
 from koinon.errors import Refused, StateError
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey
-from koinon.net.passes import Pass, issue
 from koinon.net.transport import Answer, NodeAddr, Transport
 from koinon.nodes import messages as m
 from koinon.nodes.clock import loop_time
+from koinon.nodes.pass_office import PassOffice
 from koinon.nodes.publisher import Publisher
 from koinon.nodes.switchboard import Switchboard
+from koinon.nodes.waiting_room import WaitingRoom
 from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.items import unpack
@@ -41,7 +42,6 @@ SILENCE_FLOOR = Seconds(3.0)
 REDUCE_FLOOR = Seconds(5.0)
 FAREWELL = Seconds(3.0)
 """How long the last records are offered to followers when the run has ended."""
-PASS_LIFETIME = Seconds(15 * 60)
 DISPUTES_ALLOWED = 3
 _WORTH_A_SYNC = (ev.StepMeasured, ev.RunStopped, ev.RunCompleted, ev.RunFailed, ev.RunResumed)
 _TRAINER_MAY = (ev.Excluded, ev.ItemsReleased, ev.ItemDropped, ev.StepMeasured, ev.Evaluated, ev.RunCompleted)
@@ -72,19 +72,14 @@ class Coordinator:
         *,
         clock: Callable[[], float] = loop_time,
     ) -> None:
-        self.spec, self.log, self.state, self._transport, self._key, self._clock = (
-            spec,
-            log,
-            state,
-            transport,
-            key,
-            clock,
-        )
+        self.spec, self.log, self.state, self._transport, self._clock = spec, log, state, transport, clock
         self.telemetry: dict[Member, m.Telemetry] = {}
         self.finished = asyncio.Event()
         self.failure: StateError | None = None
         """Why the log takes nothing more, if it does not."""
         self._publisher = Publisher(log, transport)
+        self._passes = PassOffice(key, lambda: self.state, board)
+        self.room = WaitingRoom(spec.league.max_workers, lambda: self.state, self.write, board, clock)
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
         self._founders: dict[int, Member] = {}  # stage -> whom it was left to found it
@@ -113,10 +108,12 @@ class Coordinator:
             while self.state.phase not in (Phase.STOPPED, Phase.FAILED):
                 await asyncio.sleep(HEARTBEAT.value / 4)
                 self._watch_members()
+                self.room.tick()
                 self._watch_stages()
                 self._watch_reduces()
             await self._publisher.drain(FAREWELL)
         finally:
+            self.room.close()
             self._publisher.close()
 
     def write(self, *events: ev.Event) -> None:
@@ -142,6 +139,8 @@ class Coordinator:
 
     def _concerns(self, event: ev.Event, peer: PeerId) -> bool:
         """Whether a follower has to act on the event at once."""
+        if isinstance(event, ev.Queued | ev.Dequeued):
+            return False
         if peer == self.state.trainer:
             return True
         match event:
@@ -159,6 +158,12 @@ class Coordinator:
         if seat is not None and self.state.phase not in (Phase.STOPPED, Phase.FAILED):
             self.write(ev.SeatLeft(seat.member, reason))
 
+    def revoke(self, worker: PeerId, reason: str) -> None:
+        """This key takes no part any more: its seat and its pass are void, and it is given no other."""
+        seat = self.state.member_of(worker)
+        left = [] if seat is None else [ev.SeatLeft(seat.member, reason)]
+        self.write(*left, ev.Revoked(worker, reason))
+
     def stop(self, reason: str) -> None:
         """Drain: the directory can be resumed from the last committed step."""
         if self.state.phase is Phase.TRAINING:
@@ -172,6 +177,8 @@ class Coordinator:
         old = self.state.member_of(peer)
         if old and self._wishes.get(old.member) == message.wish:
             return self._welcome(old, message)  # our answer got lost
+        if old is None and not self.room.has_seat_for(peer, message):
+            return await self.room.line_up(peer, message)
         if old:
             self.write(ev.SeatLeft(old.member, "its process started anew"))
         stage = self._stage_for(peer, message)
@@ -184,7 +191,7 @@ class Coordinator:
 
     def _welcome(self, seat: Seat, message: m.Join) -> m.Welcome:
         stage = self.state.stages[seat.stage]
-        begin, shown = self._begin(stage, seat, message), self._pass(PeerId(seat.worker), message, seat.stage)
+        begin, shown = self._begin(stage, seat, message), self._passes.issued(seat)
         return m.Welcome(seat.member, seat.stage, seat.seat, begin, stage.step, self.state.spec, shown)
 
     def _stage_for(self, peer: PeerId, message: m.Join) -> int:
@@ -224,20 +231,6 @@ class Coordinator:
             founder = newcomer
         self._founders[stage.index] = founder.member
         return "found" if founder.member == newcomer.member else "fetch"
-
-    def _pass(self, peer: PeerId, message: m.Join, stage: int) -> bytes:
-        not_after = int(time.time() + PASS_LIFETIME.value)
-        shown: Pass = issue(
-            self._key,
-            run=self.state.run,
-            node=peer,
-            account=message.account,
-            role="worker",
-            stage=stage,
-            term=self.log.term,
-            not_after=not_after,
-        )
-        return msgspec.msgpack.encode(shown)
 
     async def _on_follow(self, peer: PeerId, message: m.Follow, _body: bytearray) -> Answer:
         if peer != self.state.trainer and self.state.member_of(peer) is None:

@@ -80,6 +80,8 @@ class RunFollower:
             case ev.SeatLeft(member=member) if member in self.state.seats:
                 # Nothing on the wire says that a killed process is gone: its connections look alive for half a minute.
                 self._transport.hang_up(PeerId(self.state.seats[member].worker), "its seat is void")
+            case ev.Revoked(worker=worker, reason=reason):
+                self._transport.hang_up(PeerId(worker), f"its pass was revoked: {reason}")
             case _:
                 pass
 

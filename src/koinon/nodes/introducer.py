@@ -6,10 +6,10 @@ It passes on a record that the coordinator signed, so all it can do wrong is to 
 from __future__ import annotations
 
 from koinon.errors import Refused
+from koinon.net.allowance import Allowance, Rate
 from koinon.net.passes import AddressRecord
 from koinon.net.transport import Answer
 from koinon.nodes import join_messages as j
-from koinon.nodes.allowance import Allowance, Rate
 from koinon.nodes.clock import loop_time
 from koinon.nodes.switchboard import Switchboard
 from koinon.units import PeerId

@@ -230,10 +230,46 @@ class Welcome(Message, frozen=True):
     nbytes: int = 0
 
 
+class Waiting(Message, frozen=True):
+    """No seat is free: the asker's queue number, and its place, which never goes back. Ask again in `after` s."""
+
+    ticket: int
+    position: int
+    after: float
+    why: str
+    nbytes: int = 0
+
+
+class Later(Message, frozen=True):
+    """Nothing is decided yet, because too many ask: ask again in `after` s."""
+
+    after: float
+    why: str
+    nbytes: int = 0
+
+
+class Withdraw(Message, frozen=True):
+    """The asker does not wait for a seat any more."""
+
+    nbytes: int = 0
+
+
 class Ready(Message, frozen=True):
     member: int
     step: int
     root: str
+    nbytes: int = 0
+
+
+class Renew(Message, frozen=True):
+    """A member asks for a new pass, long before its own expires."""
+
+    member: int
+    nbytes: int = 0
+
+
+class Renewed(Message, frozen=True):
+    signed_pass: bytes
     nbytes: int = 0
 
 

@@ -91,6 +91,7 @@ async def _work(options: WorkerOptions, tell: Tell, make_compute: Callable[[], C
     from koinon.net.identity import NodeKey
     from koinon.net.iroh_transport import IrohTransport
     from koinon.net.transport import NodeAddr
+    from koinon.nodes.doorkeeper import Doorkeeper
     from koinon.nodes.faults import killed_at
     from koinon.nodes.introducer import Introducer
     from koinon.nodes.switchboard import Switchboard
@@ -99,7 +100,8 @@ async def _work(options: WorkerOptions, tell: Tell, make_compute: Callable[[], C
     torch.set_num_threads(options.threads)
     directory = Path(options.directory)
     key = NodeKey.load_or_create(directory / "key")
-    transport = IrohTransport(key, bind=options.bind, advertise=options.advertise)
+    door = Doorkeeper(PeerId(options.coordinator), RunId(options.run))
+    transport = IrohTransport(key, bind=options.bind, advertise=options.advertise, gate=door.admit, knows=door.knows)
     board, compute = Switchboard(STATE_LIMIT), make_compute()
     worker = Worker(
         transport,
@@ -114,6 +116,7 @@ async def _work(options: WorkerOptions, tell: Tell, make_compute: Callable[[], C
         secret=bytes.fromhex(options.secret) if options.secret else None,
         reach=killed_at(options.faults),
     )
+    door.watch(lambda: worker.state, transport.hang_up)
     Introducer(board, options.whereabouts)
     address = await transport.start(board.services())
     transport.learn(NodeAddr(PeerId(options.coordinator), options.coordinator_addresses))
@@ -166,9 +169,11 @@ async def _leave_on_signal(
 
 
 async def _give_back(worker: Worker, transport: Transport, coordinator: PeerId) -> None:
-    """Nobody need wait for a seat that was taken and not used yet."""
+    """Nobody need wait for a seat that was taken and not used yet, or keep a place in line."""
     from koinon.nodes import messages as m
 
+    with contextlib.suppress(PeerError):
+        await worker.applicant.withdraw()
     seat = worker.state.member_of(transport.me)
     if seat is not None:
         with contextlib.suppress(PeerError):

@@ -15,12 +15,12 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from koinon.errors import DeadlinePassed, PeerError, Refused
+from koinon.net.allowance import Allowance, Rate
 from koinon.net.identity import NodeKey
 from koinon.net.passes import AddressRecord, announce
 from koinon.net.transport import PROTOCOL, Answer, NodeAddr, Transport
 from koinon.nodes import join_messages as j
 from koinon.nodes import messages as m
-from koinon.nodes.allowance import Allowance, Rate
 from koinon.nodes.clock import loop_time
 from koinon.nodes.switchboard import Switchboard
 from koinon.run.spec import RunSpec

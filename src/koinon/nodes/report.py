@@ -6,7 +6,7 @@ import msgspec
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`state`: joining, syncing, idle, working or ended. `phase` and `reason`: of the run, as its log says."""
+    """`state`: joining, waiting, syncing, idle, working or ended. `phase` and `reason`: of the run, as its log says."""
 
     state: str
     phase: str = ""
@@ -22,3 +22,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error: str = ""
     is_refused: bool = False
     """The error is the coordinator's no."""
+    ticket: int = 0
+    """Queue number, while it waits for a seat."""
+    position: int = 0
+    waits_for: str = ""

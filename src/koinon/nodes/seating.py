@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from koinon.errors import DiskFull, KoinonError, NothingToResume, PeerError, Refused
 from koinon.net.transport import Transport
@@ -27,7 +27,7 @@ HEARTBEAT_SECONDS = 1.0
 
 
 class Seating:
-    """`telemetry`: what heartbeats carry."""
+    """`ask`: brings the wish for a seat to whoever gives seats. `telemetry`: what heartbeats carry."""
 
     def __init__(
         self,
@@ -37,10 +37,11 @@ class Seating:
         stage: int | None,
         follower: RunFollower,
         syncer: Syncer,
+        ask: Callable[[m.Join], Awaitable[m.Welcome]],
         telemetry: Callable[[], m.Telemetry],
     ) -> None:
         self._transport, self._coordinator, self._account, self._wanted = transport, coordinator, account, stage
-        self._follower, self._syncer, self._telemetry = follower, syncer, telemetry
+        self._follower, self._syncer, self._ask, self._telemetry = follower, syncer, ask, telemetry
         self._syncing = asyncio.Lock()
 
     async def take(self, addresses: tuple[str, ...]) -> tuple[m.Welcome, RunSpec, Engine, asyncio.Task[None]]:
@@ -103,10 +104,7 @@ class Seating:
 
     async def _join(self, addresses: tuple[str, ...]) -> m.Welcome:
         stage, have = self._syncer.inventory(self._wanted)
-        message = m.Join(self._account, addresses, secrets.token_hex(8), stage, have)
-        welcome = await insist(self._transport, self._coordinator, m.JOIN, message)
-        assert isinstance(welcome, m.Welcome)
-        return welcome
+        return await self._ask(m.Join(self._account, addresses, secrets.token_hex(8), stage, have))
 
     async def _heartbeats(self, member: int) -> None:
         """Until the coordinator no longer knows this member."""

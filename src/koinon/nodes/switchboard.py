@@ -27,6 +27,7 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
         m.Claims,
         m.Heartbeat,
         m.Ready,
+        m.Renew,
         m.Held,
         m.Complain,
         m.Broken,
@@ -37,14 +38,14 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
         m.Follow,
         m.Norms,
     ),
-    m.JOIN: (m.Join, j.Knock, j.Probe, j.Reach, j.Wave, j.Whereabouts),
+    m.JOIN: (m.Join, m.Withdraw, j.Knock, j.Probe, j.Reach, j.Wave, j.Whereabouts),
     m.WORK: (m.Offer, m.Forward, m.Backward, m.Slice, m.Updated),
     m.BULK: (m.StateWanted, m.MomentumWanted),
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
 REPLIES: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
-    m.CTL: (m.Granted, m.Ack),
-    m.JOIN: (m.Welcome, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
+    m.CTL: (m.Granted, m.Renewed, m.Ack),
+    m.JOIN: (m.Welcome, m.Waiting, m.Later, m.Ack, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
     m.WORK: (),
     m.BULK: (m.Tensors,),
 }

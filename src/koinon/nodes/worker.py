@@ -19,6 +19,7 @@ from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey, verify
 from koinon.net.transport import DONE, Answer, Busy, Drop, Transport, Verdict
 from koinon.nodes import messages as m
+from koinon.nodes.applicant import Applicant
 from koinon.nodes.claims import Claimant
 from koinon.nodes.compute import Compute
 from koinon.nodes.counters import Counters
@@ -28,6 +29,7 @@ from koinon.nodes.faults import Point, Reach, nothing
 from koinon.nodes.flight import unpacked_ids
 from koinon.nodes.follower import RunFollower
 from koinon.nodes.messages import Kind
+from koinon.nodes.pass_keeper import PassKeeper
 from koinon.nodes.reducer import Reducer
 from koinon.nodes.report import Report
 from koinon.nodes.seating import Seating
@@ -73,6 +75,8 @@ class Worker:
         self._coordinator = coordinator
         self._follower = RunFollower(transport, board, coordinator, run)
         self._syncer = Syncer(transport, board, compute, directory, secret)
+        self.applicant = Applicant(transport, coordinator)
+        self._passes = PassKeeper(transport, coordinator, run)
         self._engine: Engine | None = None
         self._bench: Workbench | None = None
         self._reducer: Reducer | None = None
@@ -92,6 +96,7 @@ class Worker:
             stage,
             self._follower,
             self._syncer,
+            self._ask_for_seat,
             self._telemetry_now,
         )
         self._register(board)
@@ -103,7 +108,9 @@ class Worker:
     def report(self) -> Report:
         """What it does now, for whoever watches its process."""
         state, counted = self.state, self._telemetry
-        mine = state.member_of(self._transport.me)
+        mine, waiting = state.member_of(self._transport.me), self.applicant.waiting
+        if waiting is not None:
+            return Report("waiting", ticket=waiting.ticket, position=waiting.position, waits_for=waiting.why)
         return Report(
             self._state,
             state.phase,
@@ -156,6 +163,7 @@ class Worker:
         self._telemetry.flops_per_item = item_flops(
             spec.model, welcome.stage, spec.train.microbatch, spec.model.context
         ).total.count
+        self._spawn(self._passes.keep(welcome.member))
         self._spawn(self._get_ready())
         self._spawn(self._compute_loop())
         self._spawn(self._claimant.run())
@@ -175,6 +183,11 @@ class Worker:
         """Let `run` return; it says goodbye first, if it has a seat."""
         self._goodbye = True
         self._ended.set()
+
+    async def _ask_for_seat(self, message: m.Join) -> m.Welcome:
+        welcome = await self.applicant.seat(message)
+        self._passes.hold(welcome.signed_pass)
+        return welcome
 
     async def _get_ready(self) -> None:
         assert self._engine and self._bench

@@ -35,6 +35,34 @@ class RunOpened(_Event, frozen=True):
     """Hex sha-256 of the sampling seed: whoever is shown the seed later can check the data."""
 
 
+class Ticket(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A place in the waiting line of a full league. `number`: drawn once, in order, and never changed."""
+
+    number: int
+    worker: str
+    account: str
+
+
+class Queued(_Event, frozen=True):
+    """These wait for a seat. Many at a time, because many come at a time."""
+
+    tickets: tuple[Ticket, ...]
+
+
+class Dequeued(_Event, frozen=True):
+    """These do not wait any more: they left, or were not heard of. Being ready in a seat needs no such event."""
+
+    workers: tuple[str, ...]
+    reason: str
+
+
+class Revoked(_Event, frozen=True):
+    """This node key takes no part in the run any more: its seat and ticket are void, and it is given no other."""
+
+    worker: str
+    reason: str
+
+
 class Seated(_Event, frozen=True):
     """A worker has taken a seat and is fetching its stage's state."""
 
@@ -219,6 +247,9 @@ class RunFailed(_Event, frozen=True):
 
 Event: TypeAlias = (
     RunOpened
+    | Queued
+    | Dequeued
+    | Revoked
     | Seated
     | SeatReady
     | SeatMoved

@@ -15,6 +15,7 @@ from typing import assert_never
 from koinon.run import events as ev
 from koinon.run.events import Event, Member
 from koinon.run.items import unpack
+from koinon.run.policies.admission import Line
 
 ROOTS_KEPT = 8
 """Versions of a stage whose roots stay in the state: enough for every snapshot that a worker keeps."""
@@ -126,6 +127,11 @@ class RunState:
     stages: tuple[StageState, ...] = ()
     seats: Mapping[Member, Seat] = field(default_factory=dict)
     next_member: int = 0
+    line: Line = field(default_factory=Line)
+    """Who waits for a seat. Whoever is called keeps its place until it is ready."""
+    revoked: Mapping[str, str] = field(default_factory=dict)
+    """Node keys that take no part any more, and why."""
+    term: int = 1
     excluded: frozenset[tuple[Member, int]] = frozenset()
     contributed: Mapping[tuple[Member, int], Credit] = field(default_factory=dict)
     """Credit given per (member, step), for as long as a late twin could name it or a resume could void it."""
@@ -162,6 +168,12 @@ def apply(state: RunState, event: Event) -> RunState:
     match event:
         case ev.RunOpened():
             return _opened(state, event)
+        case ev.Queued(tickets=tickets):
+            return replace(state, line=state.line.with_tickets(tickets))
+        case ev.Dequeued(workers=workers):
+            return replace(state, line=state.line.without(workers))
+        case ev.Revoked():
+            return _revoked(state, event)
         case ev.Seated():
             return _seated(state, event)
         case ev.SeatReady():
@@ -173,7 +185,7 @@ def apply(state: RunState, event: Event) -> RunState:
         case ev.Returned(member=member):
             return _set_seat(state, member, status=SeatStatus.SYNCING)
         case ev.SeatLeft(member=member, drained=drained):
-            return _gone(state, member, SeatStatus.LEFT, counts=not drained)
+            return _left(state, member, drained=drained)
         case ev.Excluded(member=member, step=step):
             return _excluded(state, member, step)
         case ev.ItemsReleased(items=items):
@@ -198,8 +210,8 @@ def apply(state: RunState, event: Event) -> RunState:
             return replace(state, heldout=(step, loss))
         case ev.RunStopped(reason=reason):
             return replace(state, phase=Phase.STOPPED, reason=reason)
-        case ev.RunResumed(step=step):
-            return _resumed(state, step)
+        case ev.RunResumed(step=step, term=term):
+            return replace(_resumed(state, step), term=max(state.term, term))
         case ev.RunCompleted():
             return replace(state, phase=Phase.COMPLETE)
         case ev.RunFailed(reason=reason):
@@ -246,6 +258,8 @@ def _ready(state: RunState, event: ev.SeatReady) -> RunState:
     stage = None if seat is None else _stage_at(state, seat.stage, event.step)
     if seat is None or stage is None:
         return state  # it fetched a version that the stage has left meanwhile
+    if seat.worker in state.line.tickets:
+        state = replace(state, line=state.line.without({seat.worker}))
     state = _set_seat(state, event.member, status=SeatStatus.READY, step=event.step)
     if stage.root_at(event.step) is None:  # the founding replica's root is everyone's
         stage = replace(stage, versions=(*stage.versions, Version(event.step, event.root, (event.member,))))
@@ -282,6 +296,27 @@ def _gone(state: RunState, member: Member, status: SeatStatus, *, counts: bool) 
     if status is SeatStatus.LEFT:
         return _count(state, vanished=int(counts))
     return _count(state, unreachable=int(counts))
+
+
+def _left(state: RunState, member: Member, *, drained: bool) -> RunState:
+    """Whoever loses a seat before it was ready in it has its ticket still, unless it left on purpose."""
+    seat = state.seats.get(member)
+    after = _gone(state, member, SeatStatus.LEFT, counts=not drained)
+    if seat is None or after is state or seat.worker not in state.line.tickets:
+        return after
+    line = state.line.without({seat.worker}) if drained else state.line.seat_lost(seat.worker)
+    return replace(after, line=line)
+
+
+def _revoked(state: RunState, event: ev.Revoked) -> RunState:
+    seat = state.member_of(event.worker)
+    if seat is not None:
+        state = _gone(state, seat.member, SeatStatus.LEFT, counts=True)
+    return replace(
+        state,
+        line=state.line.without({event.worker}),
+        revoked={**state.revoked, event.worker: event.reason},
+    )
 
 
 def _excluded(state: RunState, member: Member, step: int) -> RunState:

@@ -1,7 +1,8 @@
 """How much a stranger may ask for: token buckets per key, one for all keys together, in bounded memory.
 
-Node keys are free, so a limit per key only keeps honest nodes from harm by a loop of their own; the one over all keys
-is what protects this node. Pure: time is passed in. Knows nothing of what is asked.
+A key is a node's, or the name of a network. Node keys are free, so a limit per key only keeps honest nodes from harm by
+a loop of their own; the one over all keys is what protects this node. Pure: time is passed in. Knows nothing of what is
+asked.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from koinon.units import PeerId, Seconds
+from koinon.units import Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +42,15 @@ class Allowance:
         """remembered: keys whose use is known; the one that asked longest ago is forgotten first."""
         self._each, self._together, self._remembered = each, together, remembered
         self._all = _Bucket(together.burst, 0.0)
-        self._keys: OrderedDict[PeerId, _Bucket] = OrderedDict()
+        self._keys: OrderedDict[str, _Bucket] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def take(self, peer: PeerId, amount: float, now: float) -> Seconds:
+    def take(self, key: str, amount: float, now: float) -> Seconds:
         """Take that much, if it is there: 0. Else nothing is taken, and the answer is when to ask again."""
-        mine = self._keys.setdefault(peer, _Bucket(self._each.burst, now))
-        self._keys.move_to_end(peer)
+        mine = self._keys.setdefault(key, _Bucket(self._each.burst, now))
+        self._keys.move_to_end(key)
         while len(self._keys) > self._remembered:
             self._keys.popitem(last=False)
         mine.refill(self._each, now)

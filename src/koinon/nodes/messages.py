@@ -195,6 +195,8 @@ class Telemetry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     memory_mib: int = 0
     seconds_per_crossing: float = 0.0
     """What it takes to hand a neighbour an item's coefficients or gradient, the verdict's way back included."""
+    fetched: tuple[int, int, float] = (0, 0, 0.0)
+    """While it fetches its stage's state: bytes that are here, bytes in all, bytes per second."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -325,10 +327,24 @@ class Ack(Message, frozen=True):
 # --- BULK
 
 
-class StateWanted(Message, frozen=True):
-    """A joiner asks a member of its stage for what it needs: frozen tensors and the weights at their newest step."""
+class ContentWanted(Message, frozen=True):
+    """A joiner asks a member of its stage what it can give: frozen tensors and weights, as content in chunks.
+
+    `step`: the weights wanted; None asks for the newest that is worth naming, and newer than `newer_than`.
+    """
 
     stage: int
+    step: int | None = None
+    newer_than: int = -1
+    nbytes: int = 0
+
+
+class ContentOffered(Message, frozen=True):
+    """Reply. `root`: of the weights; `manifest`: root of the manifest. Body: the manifest. Empty: not here."""
+
+    step: int
+    root: str
+    manifest: str
     nbytes: int = 0
 
 
@@ -350,3 +366,8 @@ class Tensors(Message, frozen=True):
 
 def signed(message: Any, signature: bytes) -> Any:
     return msgspec.structs.replace(message, signature=signature)
+
+
+def fetching(telemetry: Telemetry, done: int, total: int, rate: float) -> Telemetry:
+    """The same, of a worker that is fetching its stage's state."""
+    return msgspec.structs.replace(telemetry, fetched=(done, total, rate))

@@ -446,7 +446,9 @@ class Worker:
     def _telemetry_now(self) -> m.Telemetry:
         queued = sum(1 for _ in self._bench.jobs()) if self._bench else 0
         recomputed = self._engine.recomputed_items if self._engine else 0
-        return self._telemetry.as_message(self._state, self._compute.busy_seconds, queued, recomputed)
+        told = self._telemetry.as_message(self._state, self._compute.busy_seconds, queued, recomputed)
+        fetched = self._syncer.progress
+        return told if fetched is None else m.fetching(told, fetched.done, fetched.total, fetched.rate)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._adopt(asyncio.create_task(work))

@@ -11,7 +11,7 @@ from typing import assert_never
 
 from koinon.run import events as ev
 from koinon.run.items import unpack
-from koinon.run.state import RunState
+from koinon.run.state import Pause, RunState
 from koinon.units import Flops
 
 
@@ -78,6 +78,14 @@ def sentence(event: ev.Event, state: RunState) -> str:
             return f"Stage {event.stage}, step {event.step}: {_of_reduce(event, state)}."
         case _:
             assert_never(event)
+
+
+def waiting(pause: Pause) -> str:
+    """Why a run stands still, and what ends that."""
+    return (
+        f"Paused: nobody holds stage {pause.stage} at step {pause.step} any more. Everything is kept; it goes on when "
+        "a worker that held the stage comes back."
+    )
 
 
 def place(member: int, state: RunState, *, within: bool = False) -> str:

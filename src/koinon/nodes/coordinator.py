@@ -23,6 +23,7 @@ from koinon.net.transport import Answer, NodeAddr, Transport
 from koinon.nodes import messages as m
 from koinon.nodes.clock import loop_time
 from koinon.nodes.publisher import Publisher
+from koinon.nodes.refill import Refill
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
 from koinon.run.events import Member
@@ -88,7 +89,7 @@ class Coordinator:
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
         self._founders: dict[int, Member] = {}  # stage -> whom it was left to found it
-        self._bereft: dict[int, float] = {}  # stage -> since when its weights are asked for in vain
+        self._refill = Refill(spec, transport, lambda: self.state, self.write, lambda: log.term, clock)
         self._silences = History()
         self._reduces = [History() for _ in range(spec.model.stages)]
         self._attempts: dict[int, OpenAttempt] = {}
@@ -113,10 +114,11 @@ class Coordinator:
             while self.state.phase not in (Phase.STOPPED, Phase.FAILED):
                 await asyncio.sleep(HEARTBEAT.value / 4)
                 self._watch_members()
-                self._watch_stages()
+                self._refill.watch()
                 self._watch_reduces()
             await self._publisher.drain(FAREWELL)
         finally:
+            self._refill.close()
             self._publisher.close()
 
     def write(self, *events: ev.Event) -> None:
@@ -214,11 +216,8 @@ class Coordinator:
         root = stage.root_at(stage.step)
         if root is not None and (stage.step, root) in message.have:
             return "load"
-        if self.state.ready(stage.index):
-            return "fetch"
-        if root is not None:
-            self._bereft.setdefault(stage.index, self._clock())
-            return "fetch"
+        if self.state.ready(stage.index) or root is not None:
+            return "fetch"  # where nobody is ready it waits: the stage is emptied, and refills or all go back
         founder = self.state.seats.get(self._founders.get(stage.index, newcomer.member))
         if founder is None or founder.status is SeatStatus.LEFT:
             founder = newcomer
@@ -307,22 +306,6 @@ class Coordinator:
                     self.write(ev.SeatLeft(member, f"unreachable for {Seconds(silent)}"))
             elif silent > allowed:
                 self.write(ev.Unreachable(member, f"silent for {Seconds(silent)}"))
-
-    def _watch_stages(self) -> None:
-        """Weights that nobody has any more do not come back by waiting: the run ends, and goes back on resuming."""
-        now = self._clock()
-        for stage in self.state.stages if self.state.phase is Phase.TRAINING else ():
-            if self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.UNREACHABLE):
-                self._bereft.pop(stage.index, None)
-            elif stage.index in self._bereft and now - self._bereft[stage.index] > self.spec.league.grace_s:
-                del self._bereft[stage.index]
-                self.write(
-                    ev.RunFailed(
-                        f"Nobody has stage {stage.index} at step {stage.step} any more: workers have asked for it for "
-                        f"{Seconds(self.spec.league.grace_s)}. Resume: the run goes back to the newest step that every "
-                        "stage has."
-                    )
-                )
 
     # --- reduces
 
@@ -465,6 +448,9 @@ class Coordinator:
                 | ev.Excluded(member=member)
             ):
                 self._changed[self.state.seats[member].stage] = position
+            case ev.RunResumed():
+                self._changed = [position] * len(self._changed)
+                self._founders.clear()
             case _:
                 pass
         for index in list(self._attempts):

@@ -281,6 +281,21 @@ class Leave(Message, frozen=True):
     nbytes: int = 0
 
 
+class InventoryWanted(Message, frozen=True):
+    """Coordinator to a member: which of these versions (step, root) of its stage are on its disk, whole and right?"""
+
+    stage: int
+    versions: tuple[tuple[int, str], ...]
+    nbytes: int = 0
+
+
+class Inventory(Message, frozen=True):
+    """Reply."""
+
+    steps: tuple[int, ...]
+    nbytes: int = 0
+
+
 class StageDone(Message, frozen=True):
     """Trainer to coordinator: every item of the stage's step is folded or dropped."""
 

@@ -32,6 +32,7 @@ REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
         m.Complain,
         m.Broken,
         m.Leave,
+        m.InventoryWanted,
         m.StageDone,
         m.Happened,
         m.Records,
@@ -44,7 +45,7 @@ REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
 REPLIES: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
-    m.CTL: (m.Granted, m.Ack),
+    m.CTL: (m.Granted, m.Ack, m.Inventory),
     m.JOIN: (m.Welcome, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
     m.WORK: (),
     m.BULK: (m.ContentOffered, ChunkGiven, ChunkLater, m.Tensors),

@@ -69,6 +69,7 @@ class Syncer:
         board.on(m.ContentWanted, self._on_content_wanted)
         board.on(ChunkWanted, self._on_chunk_wanted)
         board.on(m.MomentumWanted, self._on_momentum_wanted)
+        board.on(m.InventoryWanted, self._on_inventory_wanted)
 
     def inventory(self, wanted: int | None) -> tuple[int | None, tuple[tuple[int, str], ...]]:
         """The stage to ask for, and the (step, root) of what can be restored here, newest first."""
@@ -78,7 +79,7 @@ class Syncer:
 
     async def begin(self, welcome: m.Welcome, spec: RunSpec, follower: RunFollower) -> Engine:
         """Found, load or fetch, as the coordinator said. Raises StateError if none of them can be done."""
-        self._state = lambda: follower.state
+        self._state, self._engine = lambda: follower.state, None
         self._keep, self._every, self._steps = spec.train.keep_snapshots, spec.train.snapshot_every, spec.train.steps
         self._offers = Offers(BitsPerSecond.mbit(spec.link.rate_mbit) if spec.link.rate_mbit else None)
         config, momentum, before = spec.model, dict[str, State](), dict[str, Tensor]()
@@ -150,7 +151,11 @@ class Syncer:
             except PeerError as error:
                 log.info("the state of stage %s did not come whole: %s", stage, error)
             others = [s for s in state.seats_of(stage) if s.member != mine.member]
-            if not others or (not ready and loop_time() - began > FETCH_PATIENCE.value):
+            if known.versions and not ready:
+                began = (
+                    loop_time()
+                )  # the stage is emptied: whoever has it comes to us, or all go back and our seat ends
+            elif not others or (not ready and loop_time() - began > FETCH_PATIENCE.value):
                 raise NothingToResume(f"Nobody in stage {stage} has its state any more: ask for a seat again.")
             await asyncio.sleep(FETCH_PAUSE)
 
@@ -259,6 +264,12 @@ class Syncer:
 
         body = await self._compute.run(packed)
         return m.Tensors(message.step, len(body)), body
+
+    async def _on_inventory_wanted(self, peer: PeerId, message: m.InventoryWanted, _body: bytearray) -> Answer:
+        if peer != self._state().coordinator:
+            raise Refused("Only the coordinator of the run asks what lies on a member's disk.")
+        labels = await asyncio.to_thread(self._custody.verified, dict(message.versions))
+        return m.Inventory(tuple(label.step for label in labels if label.stage == message.stage))
 
     def _same_stage(self, peer: PeerId, stage: int | None) -> Engine:
         """A stage's tensors go to its own members only. `stage`: what the peer believes it to be, if it says so."""

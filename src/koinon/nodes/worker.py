@@ -127,11 +127,25 @@ class Worker:
     # --- life
 
     async def run(self, addresses: tuple[str, ...]) -> None:
-        """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin."""
+        """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin.
+
+        When a living league goes back to an older step, every worker takes its seat anew, from its own snapshot.
+        """
         self._follower.listen(self._on_event)
+        while await self._serve(addresses):
+            log.info("the league went back to step %s: taking a seat anew", self.state.step)
+            self._engine = self._bench = self._reducer = self._claimant = self._courier = None
+            self._ended.clear()
+
+    async def _serve(self, addresses: tuple[str, ...]) -> bool:
+        """One seat, from joining to its end. True if the league went back and this worker with it."""
         welcome, spec, engine, beats = await self._seating.take(addresses)
         self._adopt(beats)
         beats.add_done_callback(lambda _: self._ended.set())
+        resumes = self.state.tally.resumes
+        if self.state.seats[Member(welcome.member)].status is SeatStatus.LEFT:  # while it began
+            resumes -= 1
+            self._ended.set()
         self._engine = engine
         self._bench = bench = Workbench(
             welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight
@@ -170,6 +184,16 @@ class Worker:
             with contextlib.suppress(PeerError):
                 message = m.Leave(welcome.member, "its process was told to end")
                 await self._transport.request(self._coordinator, m.CTL, message, deadline=FAREWELL)
+            return False
+        return await self._went_back(resumes)
+
+    async def _went_back(self, resumes: int) -> bool:
+        """Whether the seat ended because all go back. Its heartbeat may have been refused before the log said why."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL.value):
+                while self.state.phase is Phase.TRAINING and self.state.member_of(self._transport.me) is not None:
+                    await asyncio.sleep(0.01)
+        return self.state.tally.resumes > resumes and self.state.phase is Phase.TRAINING
 
     def end(self) -> None:
         """Let `run` return; it says goodbye first, if it has a seat."""
@@ -198,6 +222,8 @@ class Worker:
             case ev.Returned(member=member) if member == self._bench.member:
                 self._spawn(self._resync())
             case ev.SeatLeft(member=member) if member == self._bench.member:
+                self._ended.set()
+            case ev.RunResumed():
                 self._ended.set()
             case ev.StageStepped(stage=stage) if stage == self._bench.stage:
                 self._spawn(self._step_taken(event))
@@ -329,6 +355,8 @@ class Worker:
     def _is_current(self, lease: m.Lease) -> bool:
         if self._bench is None:
             raise Refused("Still joining: ask again in a moment.")
+        if len(lease.route) == self._bench.stages and lease.route[self._bench.stage] != self._bench.member:
+            return False  # it names a former life of this worker
         return lease.step >= self.state.step or lease.kind is not Kind.TRAIN
 
     def _check_lease(self, peer: PeerId, lease: m.Lease) -> None:

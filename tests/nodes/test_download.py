@@ -68,7 +68,8 @@ def test_a_joiner_fetches_from_both_replicas_at_once_and_says_how_far_it_is(
     async def scene(league: Rehearsal) -> None:
         await join(league, BitsPerSecond.mbit(0.5))
         while not is_ready(league, 2):
-            told.append(league.workers[0, 2].worker._telemetry_now().fetched)
+            beat = league.workers[0, 2].worker._telemetry_now()
+            told.append((beat.fetched_bytes, beat.fetching_bytes, beat.fetch_rate))
             await asyncio.sleep(0.05)
         both = [received(league, 2, seat) for seat in (0, 1)]
         assert min(both) > 0.2 * sum(both), f"one of two equal sources gave nearly all: {both}"

@@ -80,6 +80,7 @@ def examples() -> dict[str, tuple[Wire, bytes]]:
     lease = m.Lease(m.Kind.TRAIN, 1, 2, 3, (0, 1), 3, 64, None, b"s" * 64)
     ids, claim = m.Ids(2, 17, 2), m.Claim(1, 2, 3)
     values: dict[str, object] = {"lease": lease, "ids": ids, "claims": (claim,), "finished": (), "nbytes": 0}
+    values["digest"] = bytes(32)
     found = {}
     for kinds in (*REQUESTS.values(), *REPLIES.values()):
         for kind in kinds:
@@ -89,7 +90,8 @@ def examples() -> dict[str, tuple[Wire, bytes]]:
 
 
 def _value(kind: object) -> object:
-    simple = {int: 7, float: 0.5, str: "word", bytes: b"bytes"}
+    kind = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind  # Annotated
+    simple = {bool: False, int: 7, float: 0.5, str: "word", bytes: b"bytes"}
     if kind in simple:
         return simple[kind]  # type: ignore[index]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):

@@ -195,8 +195,12 @@ class Telemetry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     memory_mib: int = 0
     seconds_per_crossing: float = 0.0
     """What it takes to hand a neighbour an item's coefficients or gradient, the verdict's way back included."""
-    fetched: tuple[int, int, float] = (0, 0, 0.0)
-    """While it fetches its stage's state: bytes that are here, bytes in all, bytes per second."""
+    fetched_bytes: int = 0
+    """Of its stage's state, while it fetches that: how much is here,"""
+    fetching_bytes: int = 0
+    """in all,"""
+    fetch_rate: float = 0.0
+    """and how many bytes per second."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -385,4 +389,4 @@ def signed(message: Any, signature: bytes) -> Any:
 
 def fetching(telemetry: Telemetry, done: int, total: int, rate: float) -> Telemetry:
     """The same, of a worker that is fetching its stage's state."""
-    return msgspec.structs.replace(telemetry, fetched=(done, total, rate))
+    return msgspec.structs.replace(telemetry, fetched_bytes=done, fetching_bytes=total, fetch_rate=rate)

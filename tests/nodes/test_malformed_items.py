@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -96,7 +97,9 @@ def _value(kind: object) -> object:
         return simple[kind]  # type: ignore[index]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind(**{f.name: _value(f.type) for f in msgspec.structs.fields(kind)})
-    return () if "tuple" in str(kind) else None
+    if get_origin(kind) is tuple:
+        return () if Ellipsis in get_args(kind) else tuple(map(_value, get_args(kind)))
+    return None
 
 
 @pytest.mark.parametrize("name", [kind.__name__ for kinds in (*REQUESTS.values(), *REPLIES.values()) for kind in kinds])

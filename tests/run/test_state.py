@@ -30,6 +30,7 @@ ANY: dict[type, st.SearchStrategy[Event]] = {
     ev.SeatMoved: st.builds(ev.SeatMoved, member, st.just(("there",))),
     ev.Unreachable: st.builds(ev.Unreachable, member, text),
     ev.Returned: st.builds(ev.Returned, member),
+    ev.Draining: st.builds(ev.Draining, member, text),
     ev.SeatLeft: st.builds(ev.SeatLeft, member, text, st.booleans()),
     ev.Excluded: st.builds(ev.Excluded, member, step, text),
     ev.ItemsReleased: st.builds(ev.ItemsReleased, step, stage, member, items, text),
@@ -75,7 +76,8 @@ def lives(draw: st.DrawFn) -> list[Event]:
 
 def _what_comes(draw: st.DrawFn, state: RunState, here: int) -> list[Event]:
     now, ready = state.stages[here], state.ready(here)
-    able = [seat.member for seat in ready if state.may_contribute(seat.member, now.step)]
+    working = state.seats_of(here, SeatStatus.READY, SeatStatus.DRAINING)
+    able = [seat.member for seat in working if state.may_contribute(seat.member, now.step)]
     match draw(
         st.sampled_from(["join", "reduce", "reduce", "commit", "commit", "lose", "exclude", "return", "resume"])
     ):
@@ -98,7 +100,9 @@ def _what_comes(draw: st.DrawFn, state: RunState, here: int) -> list[Event]:
             return [*paid, ev.StageStepped(here, now.step, now.attempt, f"root {here}.{now.step}", 1.0, 0.0)]
         case "lose" if ready:
             who = draw(st.sampled_from(ready)).member
-            return [draw(st.sampled_from([ev.SeatLeft(who, "gone"), ev.Unreachable(who, "silent")]))]
+            return [
+                draw(st.sampled_from([ev.SeatLeft(who, "gone"), ev.Unreachable(who, "silent"), ev.Draining(who, "")]))
+            ]
         case "exclude" if ready:
             return [ev.Excluded(draw(st.sampled_from(ready)).member, now.step, "late")]
         case "return":
@@ -204,9 +208,8 @@ def test_whoever_is_ready_has_the_weights_of_its_stage(log: list[Event]) -> None
 @given(lives())
 def test_a_run_pauses_for_the_founded_stages_that_nobody_holds_and_for_no_others(log: list[Event]) -> None:
     for state in accumulate(log, apply, initial=RunState()):
-        held = {
-            seat.stage for seat in state.seats.values() if seat.status in (SeatStatus.READY, SeatStatus.UNREACHABLE)
-        }
+        holding = (SeatStatus.READY, SeatStatus.DRAINING, SeatStatus.UNREACHABLE)
+        held = {seat.stage for seat in state.seats.values() if seat.status in holding}
         lost = {stage.index: stage.step for stage in state.stages if stage.versions and stage.index not in held}
         assert {pause.stage: pause.step for pause in state.pauses} == lost
 

@@ -102,7 +102,7 @@ class Board:
             case ev.Contributed(at=at, member=member, tokens=tokens):
                 pace = self.work.get(member, Pace()).add(at, tokens)
                 return replace(board, work={**self.work, member: pace})
-            case ev.SeatReady() | ev.SeatLeft() | ev.Seated() | ev.Unreachable() | ev.Returned():
+            case ev.SeatReady() | ev.SeatLeft() | ev.Draining() | ev.Seated() | ev.Unreachable() | ev.Returned():
                 return board._seat_changed(event)
             case _:
                 return board._noted(event)
@@ -202,7 +202,9 @@ class Board:
             notes=(),
         )
 
-    def _seat_changed(self, event: ev.SeatReady | ev.SeatLeft | ev.Seated | ev.Unreachable | ev.Returned) -> Board:
+    def _seat_changed(
+        self, event: ev.SeatReady | ev.SeatLeft | ev.Draining | ev.Seated | ev.Unreachable | ev.Returned
+    ) -> Board:
         board = replace(self, since={**self.since, event.member: event.at})
         seat = self.state.seats.get(event.member)
         if seat is None:

@@ -27,6 +27,8 @@ class Tone(Enum):
 
 def tone(event: ev.Event) -> Tone:
     match event:
+        case ev.Draining():
+            return Tone.NOTED
         case ev.Evaluated() | ev.RunCompleted() | ev.Returned() | ev.SeatReady() | ev.RunResumed():
             return Tone.GOOD
         case ev.ItemsReleased() | ev.ReduceAborted() | ev.MomentumLost() | ev.RunStopped() | ev.Seated():
@@ -63,6 +65,7 @@ def sentence(event: ev.Event, state: RunState) -> str:
             | ev.SeatMoved()
             | ev.Unreachable()
             | ev.Returned()
+            | ev.Draining()
             | ev.SeatLeft()
             | ev.Excluded()
             | ev.Contributed()
@@ -96,7 +99,15 @@ def place(member: int, state: RunState, *, within: bool = False) -> str:
 
 
 _OfMember = (
-    ev.Seated | ev.SeatReady | ev.SeatMoved | ev.Unreachable | ev.Returned | ev.SeatLeft | ev.Excluded | ev.Contributed
+    ev.Seated
+    | ev.SeatReady
+    | ev.SeatMoved
+    | ev.Unreachable
+    | ev.Returned
+    | ev.Draining
+    | ev.SeatLeft
+    | ev.Excluded
+    | ev.Contributed
 )
 _OfReduce = ev.ReduceOpened | ev.ReduceAborted | ev.Disputed | ev.MomentumLost | ev.StageStepped
 
@@ -113,6 +124,8 @@ def _of_member(event: _OfMember) -> str:
             return f"cannot be reached ({reason}): its work goes to others"
         case ev.Returned():
             return "answers again"
+        case ev.Draining(reason=reason):
+            return f"finishes what it has begun, then leaves: {reason}"
         case ev.SeatLeft(reason=reason):
             return f"is gone: {reason}"
         case ev.Excluded(step=step, reason=reason):

@@ -274,7 +274,10 @@ class Coordinator:
 
     async def _on_leave(self, peer: PeerId, message: m.Leave, _body: bytearray) -> Answer:
         seat = self._seat(peer, message.member)
-        if self.state.phase not in (Phase.STOPPED, Phase.FAILED):
+        finishes = message.finishes and seat.status is SeatStatus.READY and self.state.phase is Phase.TRAINING
+        if finishes:
+            self.write(ev.Draining(seat.member, message.reason[:200]))
+        elif self.state.phase not in (Phase.STOPPED, Phase.FAILED) and not message.finishes:
             self.write(ev.SeatLeft(seat.member, message.reason[:200], drained=True))
         return m.Ack()
 
@@ -317,7 +320,9 @@ class Coordinator:
             return m.Ack(self.log.head.seq + 1)  # a late twin
         if message.seen < self._changed[message.stage]:
             raise Refused("The stage's members have changed since: look at the log, and say again.")
-        members = [s.member for s in self.state.ready(stage.index) if self.state.may_contribute(s.member, stage.step)]
+        able = self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.DRAINING)
+        able = [s for s in able if s.status is SeatStatus.READY or s.member in message.members]
+        members = [s.member for s in able if self.state.may_contribute(s.member, stage.step)]
         sets = self._checked_sets(stage, members, dict(zip(message.members, message.sets, strict=True)))
         now = self._clock()
         until = now + deadline(self._reduces[stage.index], floor=REDUCE_FLOOR).value

@@ -280,8 +280,11 @@ class Broken(Message, frozen=True):
 
 
 class Leave(Message, frozen=True):
+    """`finishes`: it goes once what it has claimed is committed, and says so again then. Else it goes now."""
+
     member: int
     reason: str
+    finishes: bool = False
     nbytes: int = 0
 
 
@@ -373,6 +376,15 @@ class MomentumWanted(Message, frozen=True):
     stage: int
     step: int
     tensors: tuple[str, ...]
+    nbytes: int = 0
+
+
+class MomentumGiven(Message, frozen=True):
+    """A member that leaves hands over optimizer state that nobody else has, as it stands before `step`. Body: one
+    safetensors file."""
+
+    stage: int
+    step: int
     nbytes: int = 0
 
 

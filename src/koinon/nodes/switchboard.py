@@ -41,14 +41,14 @@ REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
     ),
     m.JOIN: (m.Join, j.Knock, j.Probe, j.Reach, j.Wave, j.Whereabouts),
     m.WORK: (m.Offer, m.Forward, m.Backward, m.Slice, m.Updated),
-    m.BULK: (m.ContentWanted, ChunkWanted, m.MomentumWanted),
+    m.BULK: (m.ContentWanted, ChunkWanted, m.MomentumWanted, m.MomentumGiven),
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
 REPLIES: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
     m.CTL: (m.Granted, m.Ack, m.Inventory),
     m.JOIN: (m.Welcome, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
     m.WORK: (),
-    m.BULK: (m.ContentOffered, ChunkGiven, ChunkLater, m.Tensors),
+    m.BULK: (m.ContentOffered, ChunkGiven, ChunkLater, m.Tensors, m.Ack),
 }
 
 

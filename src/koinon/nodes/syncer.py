@@ -42,6 +42,9 @@ FETCH_PAUSE = 0.1
 FETCH_PATIENCE = Seconds(10.0)
 """Whoever waits longer for a first member to be ready asks anew: the one that everybody waits for may be gone."""
 _MOMENTUM = "momentum/"
+STATES_PER_TENSOR = 3
+"""The most that an optimizer keeps of a tensor: AdamW two of its size, and some numbers."""
+HEADER_ROOM = 1 << 20
 
 
 class Syncer:
@@ -69,6 +72,7 @@ class Syncer:
         board.on(m.ContentWanted, self._on_content_wanted)
         board.on(ChunkWanted, self._on_chunk_wanted)
         board.on(m.MomentumWanted, self._on_momentum_wanted)
+        board.on(m.MomentumGiven, self._on_momentum_given, self._momentum_limit)
         board.on(m.InventoryWanted, self._on_inventory_wanted)
 
     def inventory(self, wanted: int | None) -> tuple[int | None, tuple[tuple[int, str], ...]]:
@@ -264,6 +268,29 @@ class Syncer:
 
         body = await self._compute.run(packed)
         return m.Tensors(message.step, len(body)), body
+
+    async def hand_over(self, peer: PeerId, engine: Engine, names: list[str]) -> None:
+        """Give optimizer state to another member of the stage, who keeps what it lacks of it. Raises PeerError."""
+        step, body = await self._compute.run(
+            lambda: (engine.step, safetensors.torch.save(_momentum({name: engine.momentum[name] for name in names})))
+        )
+        await self._transport.request(peer, m.BULK, m.MomentumGiven(engine.stage.index, step, len(body)), body)
+
+    def _momentum_limit(self, peer: PeerId, message: m.MomentumGiven) -> int:
+        return STATES_PER_TENSOR * sum(self._same_stage(peer, message.stage).sizes.values()) + HEADER_ROOM
+
+    async def _on_momentum_given(self, peer: PeerId, message: m.MomentumGiven, body: bytearray) -> Answer:
+        engine = self._same_stage(peer, message.stage)
+        given = _states(_tensors(body))
+
+        def keep() -> bool:
+            if engine.step == message.step:
+                engine.momentum |= {n: s for n, s in given.items() if n in engine.sizes and n not in engine.momentum}
+            return engine.step == message.step
+
+        if not await self._compute.run(keep):
+            raise Refused(f"This member is not at step {message.step}: hand over what you have then.")
+        return m.Ack()
 
     async def _on_inventory_wanted(self, peer: PeerId, message: m.InventoryWanted, _body: bytearray) -> Answer:
         if peer != self._state().coordinator:

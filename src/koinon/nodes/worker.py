@@ -23,6 +23,7 @@ from koinon.nodes.claims import Claimant
 from koinon.nodes.compute import Compute
 from koinon.nodes.counters import Counters
 from koinon.nodes.courier import Courier
+from koinon.nodes.departure import Departure
 from koinon.nodes.engine import Engine
 from koinon.nodes.faults import Point, Reach, nothing
 from koinon.nodes.flight import unpacked_ids
@@ -79,6 +80,7 @@ class Worker:
         self._work = asyncio.Event()
         self._claimant: Claimant | None = None
         self._courier: Courier | None = None
+        self._departure: Departure | None = None
         self._ended = asyncio.Event()
         self._goodbye = False
         self._crossing = 0.0
@@ -134,7 +136,7 @@ class Worker:
         self._follower.listen(self._on_event)
         while await self._serve(addresses):
             log.info("the league went back to step %s: taking a seat anew", self.state.step)
-            self._engine = self._bench = self._reducer = self._claimant = self._courier = None
+            self._engine = self._bench = self._reducer = self._claimant = self._courier = self._departure = None
             self._ended.clear()
 
     async def _serve(self, addresses: tuple[str, ...]) -> bool:
@@ -167,6 +169,7 @@ class Worker:
             self._give_up,
             self._reach,
         )
+        self._departure = Departure(self._transport, self._coordinator, bench, engine, self._syncer, lambda: self.state)
         self._telemetry.flops_per_item = item_flops(
             spec.model, welcome.stage, spec.train.microbatch, spec.model.context
         ).total.count
@@ -196,8 +199,16 @@ class Worker:
         return self.state.tally.resumes > resumes and self.state.phase is Phase.TRAINING
 
     def end(self) -> None:
-        """Let `run` return; it says goodbye first, if it has a seat."""
+        """Let `run` return, once what it has claimed is committed; it says goodbye first. Said twice: at once."""
+        if self._departure is None or self._goodbye or self.state.phase is not Phase.TRAINING:
+            self._ended.set()
+        else:
+            self._spawn(self._drain(self._departure))
         self._goodbye = True
+
+    async def _drain(self, departure: Departure) -> None:
+        self._state = "draining"
+        await departure.drain("its process was told to end")
         self._ended.set()
 
     async def _get_ready(self) -> None:
@@ -278,6 +289,8 @@ class Worker:
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
         self._reach(Point.COMMITTED, event.step)
         self._bench.step = self._engine.step
+        if self._departure is not None:
+            self._departure.step_taken()
         self._syncer.prune(self.state.step)  # a resume goes back to a step that every stage has
         self._poke()
 

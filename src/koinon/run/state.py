@@ -181,7 +181,8 @@ class RunState:
 
     def may_contribute(self, member: Member, step: int) -> bool:
         seat = self.seats.get(member)
-        return seat is not None and seat.status is SeatStatus.READY and (member, step) not in self.excluded
+        works = seat is not None and seat.status in (SeatStatus.READY, SeatStatus.DRAINING)
+        return works and (member, step) not in self.excluded
 
 
 def apply(state: RunState, event: Event) -> RunState:
@@ -204,6 +205,9 @@ def _applied(state: RunState, event: Event) -> RunState:
             return _gone(state, member, SeatStatus.UNREACHABLE, counts=True)
         case ev.Returned(member=member):
             return _set_seat(state, member, status=SeatStatus.SYNCING)
+        case ev.Draining(member=member):
+            is_ready = member in state.seats and state.seats[member].status is SeatStatus.READY
+            return _set_seat(state, member, status=SeatStatus.DRAINING) if is_ready else state
         case ev.SeatLeft(member=member, drained=drained):
             return _gone(state, member, SeatStatus.LEFT, counts=not drained)
         case ev.Excluded(member=member, step=step):
@@ -401,7 +405,10 @@ def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
     stage = StageState(event.stage, event.step + 1, versions=(*stage.versions, version)[-ROOTS_KEPT:])
     seats = dict(state.seats)
     for member, seat in seats.items():
-        if seat.stage != event.stage or seat.status is not SeatStatus.READY:
+        if seat.stage != event.stage or seat.status not in (SeatStatus.READY, SeatStatus.DRAINING):
+            continue
+        if seat.status is SeatStatus.DRAINING:
+            seats[member] = replace(seat, step=event.step + 1 if member in members else seat.step)
             continue
         # Whoever was not in the reduce did not get the updated bytes: it has to fetch them.
         status = SeatStatus.READY if member in members else SeatStatus.SYNCING

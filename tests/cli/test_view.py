@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from koinon.cli.board import Board
-from koinon.cli.view import Preparation, clock, render
+from koinon.cli.view import SEATS, Preparation, clock, render
 from koinon.nodes.messages import Telemetry
 from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.spec import RunSpec
 from koinon.run.state import SeatStatus
-from tests.cli.stories import SPEC, START, board, story
+from tests.cli.stories import SPEC, START, board, seated, story
 
 NOW = START + 8
 STORY = board(story()).measured({Member(0): Telemetry(boundary_bytes=3400, boundary_tokens=100)})
@@ -76,3 +76,20 @@ def test_a_finished_run_promises_no_more_time() -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(-1, "0:00"), (7.9, "0:07"), (754, "12:34"), (3723, "1:02:03")])
 def test_a_clock(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
+
+
+def test_a_pause_is_told_once_and_shown_until_it_ends() -> None:
+    events = [*story()[:-4], *(ev.SeatLeft(member=Member(m), reason="gone", at=START + 5) for m in (1, 3))]
+    paused = board(events)
+    assert [note.text for note in paused.notes if "Paused" in note.text] == [
+        "Paused: nobody holds stage 1 at step 2 any more. Everything is kept; it goes on when a worker that held the "
+        "stage comes back."
+    ]
+    assert "paused for 0:03: nobody has stage 1 at step 2" in "\n".join(drawn(paused, 120, 30))
+    events += [*seated(4, 1, 0, START + 6)[:1], ev.SeatReady(member=Member(4), step=2, root="r1", at=START + 7)]
+    assert "paused" not in "\n".join(drawn(board(events), 120, 30))
+
+
+@pytest.mark.parametrize("status", SeatStatus)
+def test_every_status_of_a_seat_has_a_sign(status: SeatStatus) -> None:
+    assert status.value in SEATS

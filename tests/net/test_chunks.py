@@ -20,6 +20,7 @@ from koinon.net.chunks import (
     REPLIES,
     REQUESTS,
     ChunkGiven,
+    ChunkLater,
     ChunkStore,
     ChunkWanted,
     Entry,
@@ -183,3 +184,34 @@ def test_a_chunk_that_claims_too_much_is_malformed() -> None:
     root = sha256(encoded).hexdigest()
     with pytest.raises(FrameMalformed):
         decode_manifest(encoded, root, limit=Bytes.mib(64))
+
+
+def test_a_source_that_is_busy_is_asked_again_and_is_at_no_fault() -> None:
+    async def scene(net: Net) -> None:
+        store, asked = ChunkStore(), []
+        store.add_bytes(MANIFEST, CONTENT)
+
+        async def later(peer: str, message: Any, body: bytearray) -> Any:
+            asked.append(message)
+            return ChunkLater(300) if len(asked) <= 5 else await store.answer(peer, message, body)
+
+        busy, me = await net.node("busy", [Service(BULK, REQUESTS, REPLIES, later)]), await asker(net)
+        sink = MemorySink(MANIFEST)
+        fetched = await fetch(me, [busy.me], MANIFEST, sink)
+        assert sink.content() == CONTENT
+        assert fetched.faults == []
+
+    play("memory", scene)
+
+
+def test_what_few_sources_have_is_asked_for_first() -> None:
+    async def scene(net: Net) -> None:
+        whole, me = await source(net, "whole"), await asker(net)
+        part = await source(net, "part", CONTENT[:CHUNK], manifest_of(CONTENT[:CHUNK]))
+        sink = MemorySink(MANIFEST)
+        fetched = await fetch(me, [part.me, whole.me], MANIFEST, sink)
+        assert sink.content() == CONTENT
+        assert fetched.nbytes[whole.me] >= len(CONTENT) - CHUNK
+        assert fetched.wrong_by == []
+
+    play("memory", scene)

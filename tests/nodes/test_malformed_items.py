@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -80,6 +81,7 @@ def examples() -> dict[str, tuple[Wire, bytes]]:
     lease = m.Lease(m.Kind.TRAIN, 1, 2, 3, (0, 1), 3, 64, None, b"s" * 64)
     ids, claim = m.Ids(2, 17, 2), m.Claim(1, 2, 3)
     values: dict[str, object] = {"lease": lease, "ids": ids, "claims": (claim,), "finished": (), "nbytes": 0}
+    values["digest"] = bytes(32)
     found = {}
     for kinds in (*REQUESTS.values(), *REPLIES.values()):
         for kind in kinds:
@@ -89,14 +91,17 @@ def examples() -> dict[str, tuple[Wire, bytes]]:
 
 
 def _value(kind: object) -> object:
-    simple = {int: 7, float: 0.5, str: "word", bytes: b"bytes"}
+    kind = getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind  # Annotated
+    simple = {bool: False, int: 7, float: 0.5, str: "word", bytes: b"bytes"}
     if kind in simple:
         return simple[kind]  # type: ignore[index]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind(**{f.name: _value(f.type) for f in msgspec.structs.fields(kind)})
     if kind is NBytes:
         return 7
-    return (1, 1) if kind == tuple[int, int] else () if "tuple" in str(kind) else None
+    if get_origin(kind) is tuple:
+        return () if Ellipsis in get_args(kind) else tuple(map(_value, get_args(kind)))
+    return None
 
 
 @pytest.mark.parametrize("name", [kind.__name__ for kinds in (*REQUESTS.values(), *REPLIES.values()) for kind in kinds])

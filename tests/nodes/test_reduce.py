@@ -17,7 +17,7 @@ from torch import Tensor
 from koinon.errors import DiskFull
 from koinon.net.clock import run_virtual
 from koinon.net.hub import Faults
-from koinon.nodes import syncer
+from koinon.nodes import custody, syncer
 from koinon.nodes.engine import SECOND_TOLERANCE, Engine
 from koinon.nodes.faults import Point
 from koinon.run import events as ev
@@ -51,7 +51,7 @@ def test_a_reduce_over_a_link_that_is_slower_than_every_deadline_so_far_ends(
 def test_a_disk_that_fills_in_a_reduce_ends_the_run_with_its_sentence_and_it_resumes(
     tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = syncer.save
+    write = custody.save
 
     def full(path: Path, tensors: Any, label: Any) -> None:
         if path.name == "step-00000003.safetensors":
@@ -59,7 +59,7 @@ def test_a_disk_that_fills_in_a_reduce_ends_the_run_with_its_sentence_and_it_res
         write(path, tensors, label)
 
     with monkeypatch.context() as patch:
-        patch.setattr(syncer, "save", full)
+        patch.setattr(custody, "save", full)
         failed = run_league(spec_of(2), tmp_path, make_compute=Paced)
     assert failed.state.phase is Phase.FAILED
     assert "No room to write" in failed.state.reason

@@ -10,7 +10,6 @@ import pytest
 from koinon.nodes.faults import Point
 from koinon.nodes.publisher import Publisher
 from koinon.run import events as ev
-from koinon.run.state import Phase
 from koinon.units import PeerId
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
@@ -82,18 +81,6 @@ def test_a_member_that_fetched_its_weights_can_execute_items_of_the_step_before(
 
     league = run_league(spec_of(2), tmp_path, come_back_one_by_one, make_compute=Paced, plan=plan, restarts=False)
     assert_whole(league, undisturbed)
-
-
-def test_a_stage_that_nobody_holds_any_more_fails_the_run_which_resumes_from_an_older_step(
-    tmp_path: Path, undisturbed: dict[int, float]
-) -> None:
-    """Snapshots are written at every other step, and the only worker dies in between."""
-    spec = spec_of(1, train={"snapshot_every": 2})
-    failed = run_league(spec, tmp_path, make_compute=Paced, plan={(0, 0): {(Point.FORWARD, 1)}})
-    assert failed.state.phase is Phase.FAILED
-    assert "Nobody has stage 0 at step 1" in failed.state.reason
-    assert failed.ended_at < 60.0
-    assert_whole(run_league(spec, tmp_path, make_compute=Paced, resume=True), undisturbed)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])

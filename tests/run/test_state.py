@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from koinon.run import events as ev
 from koinon.run.events import Event, Member
 from koinon.run.items import pack, unpack
-from koinon.run.state import ROOTS_KEPT, Credit, Phase, RunState, SeatStatus, apply, fold
+from koinon.run.state import ROOTS_KEPT, Credit, Pause, Phase, RunState, SeatStatus, apply, fold
 
 STAGES, MICROBATCHES = 2, 3
 OPENED = ev.RunOpened("run", "spec", "coordinator", "trainer", STAGES, MICROBATCHES, "commitment")
@@ -35,6 +35,7 @@ ANY: dict[type, st.SearchStrategy[Event]] = {
     ev.SeatMoved: st.builds(ev.SeatMoved, member, st.just(("there",))),
     ev.Unreachable: st.builds(ev.Unreachable, member, text),
     ev.Returned: st.builds(ev.Returned, member),
+    ev.Draining: st.builds(ev.Draining, member, text),
     ev.SeatLeft: st.builds(ev.SeatLeft, member, text, st.booleans()),
     ev.Excluded: st.builds(ev.Excluded, member, step, text),
     ev.ItemsReleased: st.builds(ev.ItemsReleased, step, stage, member, items, text),
@@ -80,7 +81,8 @@ def lives(draw: st.DrawFn) -> list[Event]:
 
 def _what_comes(draw: st.DrawFn, state: RunState, here: int) -> list[Event]:
     now, ready = state.stages[here], state.ready(here)
-    able = [seat.member for seat in ready if state.may_contribute(seat.member, now.step)]
+    working = state.seats_of(here, SeatStatus.READY, SeatStatus.DRAINING)
+    able = [seat.member for seat in working if state.may_contribute(seat.member, now.step)]
     match draw(
         st.sampled_from(["join", "reduce", "reduce", "commit", "commit", "lose", "exclude", "return", "resume"])
     ):
@@ -103,7 +105,9 @@ def _what_comes(draw: st.DrawFn, state: RunState, here: int) -> list[Event]:
             return [*paid, ev.StageStepped(here, now.step, now.attempt, f"root {here}.{now.step}", 1.0, 0.0)]
         case "lose" if ready:
             who = draw(st.sampled_from(ready)).member
-            return [draw(st.sampled_from([ev.SeatLeft(who, "gone"), ev.Unreachable(who, "silent")]))]
+            return [
+                draw(st.sampled_from([ev.SeatLeft(who, "gone"), ev.Unreachable(who, "silent"), ev.Draining(who, "")]))
+            ]
         case "exclude" if ready:
             return [ev.Excluded(draw(st.sampled_from(ready)).member, now.step, "late")]
         case "return":
@@ -204,6 +208,30 @@ def test_whoever_is_ready_has_the_weights_of_its_stage(log: list[Event]) -> None
     for seat in state.seats.values():
         if seat.status is SeatStatus.READY:
             assert seat.step == state.stages[seat.stage].step
+
+
+@given(lives())
+def test_a_run_pauses_for_the_founded_stages_that_nobody_holds_and_for_no_others(log: list[Event]) -> None:
+    for state in accumulate(log, apply, initial=RunState()):
+        holding = (SeatStatus.READY, SeatStatus.DRAINING, SeatStatus.UNREACHABLE)
+        held = {seat.stage for seat in state.seats.values() if seat.status in holding}
+        lost = {stage.index: stage.step for stage in state.stages if stage.versions and stage.index not in held}
+        assert {pause.stage: pause.step for pause in state.pauses} == lost
+
+
+def test_a_pause_says_since_when() -> None:
+    log = [
+        OPENED,
+        *(ev.Seated(Member(i), f"w{i}", "a", 1, i, (), at=1.0) for i in (0, 1)),
+        *(ev.SeatReady(Member(i), 0, "root", at=2.0) for i in (0, 1)),
+        ev.SeatLeft(Member(0), "gone", at=3.0),
+        ev.SeatLeft(Member(1), "gone", at=4.0),
+        ev.Seated(Member(2), "w2", "a", 1, 0, (), at=5.0),
+    ]
+    assert fold(log[:-2]).pauses == ()
+    assert fold(log).pauses == (Pause(1, 0, 4.0),)
+    assert fold([*log, ev.SeatReady(Member(2), 0, "root", at=6.0)]).pauses == ()
+    assert fold([*log, ev.RunStopped("enough", at=6.0)]).pauses == ()
 
 
 @given(lives())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from koinon.cli.sentences import Tone, place, sentence, tone
+from koinon.cli.sentences import Tone, place, sentence, tone, waiting
 from koinon.cli.series import Pace, Series
 from koinon.nodes.messages import Telemetry
 from koinon.run import events as ev
@@ -78,6 +78,16 @@ class Board:
 
     def heard(self, event: ev.Event, state: RunState) -> Board:
         """With one more event; `state` is the fold up to and with it."""
+        paused = {pause.stage for pause in self.state.pauses}
+        board = self._heard(event, state)
+        if isinstance(event, ev.RunResumed):
+            return board  # everybody takes a seat anew
+        for pause in state.pauses:
+            if pause.stage not in paused:
+                board = board.told(waiting(pause), event.at, Tone.BAD)
+        return board
+
+    def _heard(self, event: ev.Event, state: RunState) -> Board:
         board = replace(self, state=state, last=event.at)
         match event:
             case ev.RunOpened(at=at):
@@ -92,7 +102,7 @@ class Board:
             case ev.Contributed(at=at, member=member, tokens=tokens):
                 pace = self.work.get(member, Pace()).add(at, tokens)
                 return replace(board, work={**self.work, member: pace})
-            case ev.SeatReady() | ev.SeatLeft() | ev.Seated() | ev.Unreachable() | ev.Returned():
+            case ev.SeatReady() | ev.SeatLeft() | ev.Draining() | ev.Seated() | ev.Unreachable() | ev.Returned():
                 return board._seat_changed(event)
             case _:
                 return board._noted(event)
@@ -192,7 +202,9 @@ class Board:
             notes=(),
         )
 
-    def _seat_changed(self, event: ev.SeatReady | ev.SeatLeft | ev.Seated | ev.Unreachable | ev.Returned) -> Board:
+    def _seat_changed(
+        self, event: ev.SeatReady | ev.SeatLeft | ev.Draining | ev.Seated | ev.Unreachable | ev.Returned
+    ) -> Board:
         board = replace(self, since={**self.since, event.member: event.at})
         seat = self.state.seats.get(event.member)
         if seat is None:

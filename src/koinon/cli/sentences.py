@@ -11,7 +11,7 @@ from typing import assert_never
 
 from koinon.run import events as ev
 from koinon.run.items import unpack
-from koinon.run.state import RunState
+from koinon.run.state import Pause, RunState
 from koinon.units import Flops
 
 
@@ -27,6 +27,8 @@ class Tone(Enum):
 
 def tone(event: ev.Event) -> Tone:
     match event:
+        case ev.Draining():
+            return Tone.NOTED
         case ev.Evaluated() | ev.RunCompleted() | ev.Returned() | ev.SeatReady() | ev.RunResumed():
             return Tone.GOOD
         case ev.ItemsReleased() | ev.ReduceAborted() | ev.MomentumLost() | ev.RunStopped() | ev.Seated():
@@ -72,6 +74,7 @@ def sentence(event: ev.Event, state: RunState) -> str:
             | ev.SeatMoved()
             | ev.Unreachable()
             | ev.Returned()
+            | ev.Draining()
             | ev.SeatLeft()
             | ev.Excluded()
             | ev.Contributed()
@@ -89,6 +92,14 @@ def sentence(event: ev.Event, state: RunState) -> str:
             assert_never(event)
 
 
+def waiting(pause: Pause) -> str:
+    """Why a run stands still, and what ends that."""
+    return (
+        f"Paused: nobody holds stage {pause.stage} at step {pause.step} any more. Everything is kept; it goes on when "
+        "a worker that held the stage comes back."
+    )
+
+
 def place(member: int, state: RunState, *, within: bool = False) -> str:
     """Which seat a member has, in words. `within` a sentence it begins with a small letter."""
     seat = state.seats.get(ev.Member(member))
@@ -97,7 +108,15 @@ def place(member: int, state: RunState, *, within: bool = False) -> str:
 
 
 _OfMember = (
-    ev.Seated | ev.SeatReady | ev.SeatMoved | ev.Unreachable | ev.Returned | ev.SeatLeft | ev.Excluded | ev.Contributed
+    ev.Seated
+    | ev.SeatReady
+    | ev.SeatMoved
+    | ev.Unreachable
+    | ev.Returned
+    | ev.Draining
+    | ev.SeatLeft
+    | ev.Excluded
+    | ev.Contributed
 )
 _OfReduce = ev.ReduceOpened | ev.ReduceAborted | ev.Disputed | ev.MomentumLost | ev.StageStepped
 
@@ -114,6 +133,8 @@ def _of_member(event: _OfMember) -> str:
             return f"cannot be reached ({reason}): its work goes to others"
         case ev.Returned():
             return "answers again"
+        case ev.Draining(reason=reason):
+            return f"finishes what it has begun, then leaves: {reason}"
         case ev.SeatLeft(reason=reason):
             return f"is gone: {reason}"
         case ev.Excluded(step=step, reason=reason):

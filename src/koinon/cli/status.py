@@ -15,6 +15,7 @@ from rich.text import Text
 
 from koinon.cli.board import Board
 from koinon.cli.history import History
+from koinon.cli.sentences import waiting
 from koinon.cli.view import PHASES, QUIET, absorptions, grid
 from koinon.run.state import Phase
 from koinon.units import Flops, Seconds
@@ -47,6 +48,7 @@ def as_values(board: Board, now: float, is_written: bool) -> dict[str, Any]:
         "phase": state.phase.value,
         "reason": state.reason,
         "is_running": is_written,
+        "pauses": [asdict(pause) for pause in state.pauses],
         "step": state.step,
         "steps": spec.train.steps,
         "elapsed_s": board.elapsed(now),
@@ -78,6 +80,8 @@ def _standing(board: Board, is_written: bool, directory: Path) -> str:
     """Whether somebody is at work, and what the user can do."""
     go_on = f"go on with: koinon run --resume {quote(str(directory))}"
     match board.state.phase:
+        case Phase.TRAINING if is_written and board.state.pauses:
+            return " ".join(waiting(pause) for pause in board.state.pauses)
         case Phase.TRAINING if is_written:
             left = board.seconds_left(now=board.last)
             return f"about {Seconds(left)} left" if left else "just begun"

@@ -25,7 +25,9 @@ STYLES = {Tone.GOOD: "green", Tone.NOTED: "default", Tone.BAD: "red", Tone.ROUTI
 SEATS: dict[str, tuple[str, str]] = {
     "empty": ("○", "grey42"),
     SeatStatus.SYNCING.value: ("◐", "yellow"),
+    SeatStatus.ATTENDING.value: ("◑", "yellow"),
     SeatStatus.READY.value: ("●", "green"),
+    SeatStatus.DRAINING.value: ("◕", "cyan"),
     SeatStatus.UNREACHABLE.value: ("◌", "magenta"),
     SeatStatus.LEFT.value: ("✕", "bold red"),
 }
@@ -105,9 +107,16 @@ def _progress(board: Board, now: float, preparing: Preparation | None) -> tuple[
         return (preparing.done / preparing.total if preparing.total else None), str(preparing)
     if board.state.phase in (Phase.PROPOSED, Phase.TRAINING) and not board.steps.seen:
         return None, f"starting: {board.ready} of {board.workers} workers are ready"
+    if pauses := board.state.pauses:
+        return board.share_done, f"paused for {clock(now - min(p.since for p in pauses))}: {_missing(board)}"
     left = board.seconds_left(now)
     ends = f"  about {Seconds(left)} left" if left and board.state.phase is Phase.TRAINING else ""
     return board.share_done, f"{board.share_done:.0%}{ends}"
+
+
+def _missing(board: Board) -> str:
+    """What a paused run waits for."""
+    return ", ".join(f"nobody has stage {pause.stage} at step {pause.step}" for pause in board.state.pauses)
 
 
 def speed(board: Board, now: float) -> Text:

@@ -78,6 +78,12 @@ def manifest_of(content: Buffer, entries: Iterable[Entry] = ()) -> Manifest:
     return Manifest(tuple(_chunk(piece) for piece in pieces), tuple(entries))
 
 
+def manifest_of_reader(read: Callable[[int, int], bytes], nbytes: int, entries: Iterable[Entry] = ()) -> Manifest:
+    """The manifest of content that `read(offset, nbytes)` gives, whole nowhere."""
+    pieces = (read(start, min(CHUNK, nbytes - start)) for start in range(0, nbytes, CHUNK))
+    return Manifest(tuple(_chunk(piece) for piece in pieces), tuple(entries))
+
+
 def manifest_of_file(path: Path, entries: Iterable[Entry] = ()) -> Manifest:
     """The manifest of a file, read chunk by chunk."""
     with path.open("rb") as file:
@@ -112,6 +118,12 @@ class ChunkGiven(Header, frozen=True, tag="chunk!"):
     nbytes: Annotated[int, msgspec.Meta(ge=0, le=CHUNK)]
 
 
+class ChunkLater(Header, frozen=True, tag="chunk~"):
+    """It is here, and its holder has more urgent things to send: ask again after that time. No fault."""
+
+    after_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)]
+
+
 class ManifestWanted(Header, frozen=True, tag="manifest?"):
     """Give me the manifest with this root."""
 
@@ -125,7 +137,7 @@ class ManifestGiven(Header, frozen=True, tag="manifest!"):
 
 
 REQUESTS: Final = Wire(ChunkWanted, ManifestWanted)
-REPLIES: Final = Wire(ChunkGiven, ManifestGiven)
+REPLIES: Final = Wire(ChunkGiven, ChunkLater, ManifestGiven)
 
 
 class ChunkStore:

@@ -1,7 +1,8 @@
 """Fetching content from several sources at once, each chunk checked before it counts.
 
-Every source has a few requests under way, so the faster is asked for more. When nothing is left to ask for, a chunk
-that another source still owes is asked for again. A source that sends wrong bytes, or does not answer, is left after
+Every source has a few requests under way, so the faster is asked for more, and for what fewer sources have before what
+all have. When nothing is left to ask for, a chunk that another source still owes is asked for again. A source that is
+busy is asked again after the time it names. A source that sends wrong bytes, or does not answer, is left after
 `MAX_FAULTS`. Knows nothing of who is a good source: the caller names them.
 """
 
@@ -17,6 +18,7 @@ from koinon.errors import ChunkUnavailable, PeerError
 from koinon.net.chunks import (
     BULK,
     ChunkGiven,
+    ChunkLater,
     ChunkWanted,
     Manifest,
     ManifestGiven,
@@ -32,6 +34,7 @@ PARALLEL: Final = 2
 """Requests under way per source: one is on the wire while the other is being hashed."""
 MAX_FAULTS: Final = 3
 _MAX_ASKED: Final = 2
+_LEAST_PAUSE: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +117,24 @@ class _Hunt:
         self._asked: defaultdict[int, set[PeerId]] = defaultdict(set)
         self._failed: set[tuple[PeerId, int]] = set()
         self._faults: Counter[PeerId] = Counter()
+        self._lacking: Counter[int] = Counter()
         self._changed = asyncio.Condition()
 
     async def ask(self, source: PeerId) -> None:
         """Chunk after chunk from one source, until nothing is left that it could give."""
         while self._faults[source] < MAX_FAULTS and (index := await self._next(source)) is not None:
             self._asked[index].add(source)
+            pause = 0.0
             try:
-                await self._bring(source, index)
+                pause = await self._bring(source, index)
             except PeerError as error:
                 self._fault(source, index, str(error))
             finally:
                 self._asked[index].discard(source)
                 async with self._changed:
                     self._changed.notify_all()
+            if pause:
+                await asyncio.sleep(pause)
 
     def answers(self, index: int) -> dict[str, str]:
         return {fault.source: fault.reason for fault in self.fetched.faults if fault.index == index}
@@ -141,16 +148,18 @@ class _Hunt:
                     return None
                 free = [i for i in possible if source not in self._asked[i] and len(self._asked[i]) < _MAX_ASKED]
                 if free:
-                    return min(free, key=lambda i: (len(self._asked[i]), i))
+                    return min(free, key=lambda i: (len(self._asked[i]), -self._lacking[i], i))
                 await self._changed.wait()
 
-    async def _bring(self, source: PeerId, index: int) -> None:
+    async def _bring(self, source: PeerId, index: int) -> float:
+        """Ask for one chunk; returns the seconds for which this source wants to be left alone."""
         chunk = self._manifest.chunks[index]
         reply = await self._transport.request(source, self._alpn, ChunkWanted(chunk.digest))
+        if isinstance(reply.header, ChunkLater):
+            return max(_LEAST_PAUSE, reply.header.after_ms / 1e3)
         if not isinstance(reply.header, ChunkGiven) or not reply.body:
-            self._failed.add((source, index))
-            self.fetched.faults.append(Fault(source, index, "does not have it"))
-            return
+            self._lack(source, index, "does not have it")
+            return 0.0
         if not await asyncio.to_thread(is_chunk, chunk, reply.body):
             self.fetched.wrong_by.append(source)
             self._fault(source, index, f"sent {len(reply.body)} bytes with another hash")
@@ -158,8 +167,13 @@ class _Hunt:
             self._sink.write(index, reply.body)
             self.missing.discard(index)
             self.fetched.nbytes[source] = self.fetched.nbytes.get(source, 0) + len(reply.body)
+        return 0.0
 
     def _fault(self, source: PeerId, index: int, reason: str) -> None:
-        self._failed.add((source, index))
         self._faults[source] += 1
+        self._lack(source, index, reason)
+
+    def _lack(self, source: PeerId, index: int, reason: str) -> None:
+        self._failed.add((source, index))
+        self._lacking[index] += 1
         self.fetched.faults.append(Fault(source, index, reason))

@@ -28,6 +28,7 @@ from koinon.nodes.trainer import Trainer
 from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.log import RunLog
+from koinon.run.policies.refill import has, newest_common
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, fold
 from koinon.units import RunId, Seconds
@@ -123,21 +124,13 @@ def reopen(directory: RunDir) -> OpenRun:
 
 def resume_point(state: RunState, snapshots: Snapshots) -> int:
     """The newest step at which every stage can be restored. Raises NothingToResume, saying which stage cannot."""
-    for step in range(state.step, -1, -1):
-        if all(_has(state, snapshots, s.index, step) for s in state.stages):
-            return step
-    stuck = [s.index for s in state.stages if not any(_has(state, snapshots, s.index, v.step) for v in s.versions)]
+    if (step := newest_common(state, snapshots)) is not None:
+        return step
+    stuck = [s.index for s in state.stages if not any(has(state, snapshots, s.index, v.step) for v in s.versions)]
     raise NothingToResume(
         f"No step can be restored: {'stages ' + str(stuck) + ' have' if stuck else 'the stages have'} no snapshot that "
         f"fits the log at or before step {state.step}. Bring back the seats/ folders of this run, or start a new run."
     )
-
-
-def _has(state: RunState, snapshots: Snapshots, stage: int, step: int) -> bool:
-    if not state.stages[stage].versions:
-        return step == 0  # killed before the stage was founded: it is founded anew
-    root = state.stages[stage].root_at(step)
-    return root is not None and snapshots.get(stage, {}).get(step) == root
 
 
 def _dialler() -> Transport:

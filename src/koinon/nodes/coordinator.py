@@ -23,6 +23,7 @@ from koinon.nodes import messages as m
 from koinon.nodes.clock import loop_time
 from koinon.nodes.pass_office import PassOffice
 from koinon.nodes.publisher import Publisher
+from koinon.nodes.refill import Refill
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.waiting_room import WaitingRoom
 from koinon.run import events as ev
@@ -83,7 +84,7 @@ class Coordinator:
         self._heard: dict[Member, float] = {}
         self._wishes: dict[Member, str] = {}
         self._founders: dict[int, Member] = {}  # stage -> whom it was left to found it
-        self._bereft: dict[int, float] = {}  # stage -> since when its weights are asked for in vain
+        self._refill = Refill(spec, transport, lambda: self.state, self.write, lambda: log.term, clock)
         self._silences = History()
         self._reduces = [History() for _ in range(spec.model.stages)]
         self._attempts: dict[int, OpenAttempt] = {}
@@ -109,11 +110,12 @@ class Coordinator:
                 await asyncio.sleep(HEARTBEAT.value / 4)
                 self._watch_members()
                 self.room.tick()
-                self._watch_stages()
+                self._refill.watch()
                 self._watch_reduces()
             await self._publisher.drain(FAREWELL)
         finally:
             self.room.close()
+            self._refill.close()
             self._publisher.close()
 
     def write(self, *events: ev.Event) -> None:
@@ -221,11 +223,8 @@ class Coordinator:
         root = stage.root_at(stage.step)
         if root is not None and (stage.step, root) in message.have:
             return "load"
-        if self.state.ready(stage.index):
-            return "fetch"
-        if root is not None:
-            self._bereft.setdefault(stage.index, self._clock())
-            return "fetch"
+        if self.state.ready(stage.index) or root is not None:
+            return "fetch"  # where nobody is ready it waits: the stage is emptied, and refills or all go back
         founder = self.state.seats.get(self._founders.get(stage.index, newcomer.member))
         if founder is None or founder.status is SeatStatus.LEFT:
             founder = newcomer
@@ -268,7 +267,10 @@ class Coordinator:
 
     async def _on_leave(self, peer: PeerId, message: m.Leave, _body: bytearray) -> Answer:
         seat = self._seat(peer, message.member)
-        if self.state.phase not in (Phase.STOPPED, Phase.FAILED):
+        finishes = message.finishes and seat.status is SeatStatus.READY and self.state.phase is Phase.TRAINING
+        if finishes:
+            self.write(ev.Draining(seat.member, message.reason[:200]))
+        elif self.state.phase not in (Phase.STOPPED, Phase.FAILED) and not message.finishes:
             self.write(ev.SeatLeft(seat.member, message.reason[:200], drained=True))
         return m.Ack()
 
@@ -301,22 +303,6 @@ class Coordinator:
             elif silent > allowed:
                 self.write(ev.Unreachable(member, f"silent for {Seconds(silent)}"))
 
-    def _watch_stages(self) -> None:
-        """Weights that nobody has any more do not come back by waiting: the run ends, and goes back on resuming."""
-        now = self._clock()
-        for stage in self.state.stages if self.state.phase is Phase.TRAINING else ():
-            if self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.UNREACHABLE):
-                self._bereft.pop(stage.index, None)
-            elif stage.index in self._bereft and now - self._bereft[stage.index] > self.spec.league.grace_s:
-                del self._bereft[stage.index]
-                self.write(
-                    ev.RunFailed(
-                        f"Nobody has stage {stage.index} at step {stage.step} any more: workers have asked for it for "
-                        f"{Seconds(self.spec.league.grace_s)}. Resume: the run goes back to the newest step that every "
-                        "stage has."
-                    )
-                )
-
     # --- reduces
 
     async def _on_stage_done(self, peer: PeerId, message: m.StageDone, _body: bytearray) -> Answer:
@@ -327,7 +313,9 @@ class Coordinator:
             return m.Ack(self.log.head.seq + 1)  # a late twin
         if message.seen < self._changed[message.stage]:
             raise Refused("The stage's members have changed since: look at the log, and say again.")
-        members = [s.member for s in self.state.ready(stage.index) if self.state.may_contribute(s.member, stage.step)]
+        able = self.state.seats_of(stage.index, SeatStatus.READY, SeatStatus.DRAINING)
+        able = [s for s in able if s.status is SeatStatus.READY or s.member in message.members]
+        members = [s.member for s in able if self.state.may_contribute(s.member, stage.step)]
         sets = self._checked_sets(stage, members, dict(zip(message.members, message.sets, strict=True)))
         now = self._clock()
         until = now + deadline(self._reduces[stage.index], floor=REDUCE_FLOOR).value
@@ -458,6 +446,9 @@ class Coordinator:
                 | ev.Excluded(member=member)
             ):
                 self._changed[self.state.seats[member].stage] = position
+            case ev.RunResumed():
+                self._changed = [position] * len(self._changed)
+                self._founders.clear()
             case _:
                 pass
         for index in list(self._attempts):

@@ -195,6 +195,12 @@ class Telemetry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     memory_mib: int = 0
     seconds_per_crossing: float = 0.0
     """What it takes to hand a neighbour an item's coefficients or gradient, the verdict's way back included."""
+    fetched_bytes: int = 0
+    """Of its stage's state, while it fetches that: how much is here,"""
+    fetching_bytes: int = 0
+    """in all,"""
+    fetch_rate: float = 0.0
+    """and how many bytes per second."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -310,8 +316,26 @@ class Broken(Message, frozen=True):
 
 
 class Leave(Message, frozen=True):
+    """`finishes`: it goes once what it has claimed is committed, and says so again then. Else it goes now."""
+
     member: int
     reason: str
+    finishes: bool = False
+    nbytes: int = 0
+
+
+class InventoryWanted(Message, frozen=True):
+    """Coordinator to a member: which of these versions (step, root) of its stage are on its disk, whole and right?"""
+
+    stage: int
+    versions: tuple[tuple[int, str], ...]
+    nbytes: int = 0
+
+
+class Inventory(Message, frozen=True):
+    """Reply."""
+
+    steps: tuple[int, ...]
     nbytes: int = 0
 
 
@@ -361,10 +385,24 @@ class Ack(Message, frozen=True):
 # --- BULK
 
 
-class StateWanted(Message, frozen=True):
-    """A joiner asks a member of its stage for what it needs: frozen tensors and the weights at their newest step."""
+class ContentWanted(Message, frozen=True):
+    """A joiner asks a member of its stage what it can give: frozen tensors and weights, as content in chunks.
+
+    `step`: the weights wanted; None asks for the newest that is worth naming, and newer than `newer_than`.
+    """
 
     stage: int
+    step: int | None = None
+    newer_than: int = -1
+    nbytes: int = 0
+
+
+class ContentOffered(Message, frozen=True):
+    """Reply. `root`: of the weights; `manifest`: root of the manifest. Body: the manifest. Empty: not here."""
+
+    step: int
+    root: str
+    manifest: str
     nbytes: int = 0
 
 
@@ -377,6 +415,15 @@ class MomentumWanted(Message, frozen=True):
     nbytes: int = 0
 
 
+class MomentumGiven(Message, frozen=True):
+    """A member that leaves hands over optimizer state that nobody else has, as it stands before `step`. Body: one
+    safetensors file."""
+
+    stage: int
+    step: int
+    nbytes: int = 0
+
+
 class Tensors(Message, frozen=True):
     """Reply. Body: one safetensors file. An empty body: not here."""
 
@@ -386,3 +433,8 @@ class Tensors(Message, frozen=True):
 
 def signed(message: Any, signature: bytes) -> Any:
     return msgspec.structs.replace(message, signature=signature)
+
+
+def fetching(telemetry: Telemetry, done: int, total: int, rate: float) -> Telemetry:
+    """The same, of a worker that is fetching its stage's state."""
+    return msgspec.structs.replace(telemetry, fetched_bytes=done, fetching_bytes=total, fetch_rate=rate)

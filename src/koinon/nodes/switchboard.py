@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from koinon.errors import Refused
+from koinon.net.chunks import ChunkGiven, ChunkLater, ChunkWanted
 from koinon.net.frames import Wire
 from koinon.net.transport import Answer, Service, Verdict
 from koinon.nodes import join_messages as j
@@ -22,7 +23,7 @@ Handle = Callable[[PeerId, Any, bytearray], Awaitable[Answer]]
 Limit = Callable[[PeerId, Any], int | Verdict]
 Abandoned = Callable[[PeerId, Any], None]
 
-REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
+REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
     m.CTL: (
         m.Claims,
         m.Heartbeat,
@@ -32,6 +33,7 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
         m.Complain,
         m.Broken,
         m.Leave,
+        m.InventoryWanted,
         m.StageDone,
         m.Happened,
         m.Records,
@@ -40,14 +42,14 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
     ),
     m.JOIN: (m.Join, m.Withdraw, j.Knock, j.Probe, j.Reach, j.Wave, j.Whereabouts),
     m.WORK: (m.Offer, m.Forward, m.Backward, m.Slice, m.Updated),
-    m.BULK: (m.StateWanted, m.MomentumWanted),
+    m.BULK: (m.ContentWanted, ChunkWanted, m.MomentumWanted, m.MomentumGiven),
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
-REPLIES: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
-    m.CTL: (m.Granted, m.Renewed, m.Ack),
+REPLIES: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
+    m.CTL: (m.Granted, m.Renewed, m.Ack, m.Inventory),
     m.JOIN: (m.Welcome, m.Waiting, m.Later, m.Ack, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
     m.WORK: (),
-    m.BULK: (m.Tensors,),
+    m.BULK: (m.ContentOffered, ChunkGiven, ChunkLater, m.Tensors, m.Ack),
 }
 
 
@@ -56,14 +58,14 @@ class Switchboard:
 
     def __init__(self, state_limit: Bytes) -> None:
         """`state_limit`: the largest body of tensors that this node will take, in or out."""
-        self._handlers: dict[type[m.Message], Handle] = {}
-        self._limits: dict[type[m.Message], Limit] = {}
-        self._abandoned: dict[type[m.Message], Abandoned] = {}
+        self._handlers: dict[type[msgspec.Struct], Handle] = {}
+        self._limits: dict[type[msgspec.Struct], Limit] = {}
+        self._abandoned: dict[type[msgspec.Struct], Abandoned] = {}
         self._state_limit = state_limit
 
     def on(
         self,
-        message: type[m.Message],
+        message: type[msgspec.Struct],
         handler: Handle,
         limit: Limit | None = None,
         abandoned: Abandoned | None = None,
@@ -94,16 +96,16 @@ class Switchboard:
         ]
 
     async def _dispatch(self, peer: PeerId, message: msgspec.Struct, body: bytearray) -> Answer:
-        handler = self._handlers.get(type(message))  # type: ignore[arg-type]
+        handler = self._handlers.get(type(message))
         if handler is None:
             raise Refused(f"This node does not answer {type(message).__name__}.")
         return await handler(peer, message, body)
 
     def _limit(self, peer: PeerId, message: msgspec.Struct) -> int | Verdict:
-        limit = self._limits.get(type(message))  # type: ignore[arg-type]
+        limit = self._limits.get(type(message))
         return 0 if limit is None else limit(peer, message)
 
     def _abandon(self, peer: PeerId, message: msgspec.Struct) -> None:
-        abandoned = self._abandoned.get(type(message))  # type: ignore[arg-type]
+        abandoned = self._abandoned.get(type(message))
         if abandoned is not None:
             abandoned(peer, message)

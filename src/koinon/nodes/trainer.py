@@ -106,8 +106,12 @@ class Trainer:
                 self._take_back(member, state.step, "SeatLeft", may_be_the_item=not drained)
             case ev.Unreachable(member=member):
                 self._take_back(member, state.step, "Unreachable")
+            case ev.Draining(member=member):
+                self._hand_back(member)
             case ev.Excluded(member=member, step=step):
                 self._take_back(member, step, "excluded", only=step)
+            case ev.RunResumed(step=step):
+                self._start_over(step)
             case ev.StageStepped(stage=stage, step=step, penalised=penalised):
                 self._penalised[step, stage] = penalised
                 for flight in self._flights.values():
@@ -167,6 +171,29 @@ class Trainer:
                     taken.setdefault((flight.step, stage), []).append(flight.microbatch)
         for (step, stage), items in taken.items():
             self._report(ev.ItemsReleased(step, stage, member, pack(items), reason))
+
+    def _hand_back(self, member: Member) -> None:
+        """A member that is about to leave finishes what it has claimed; the rest goes to others, if there are any."""
+        stage = self.state.seats[member].stage
+        for flight in self._flights.values() if self.state.ready(stage) else ():
+            if flight.route[stage] == member and not (flight.claimed[stage] or flight.done[stage]):
+                flight.unassign([member], {})
+
+    def _start_over(self, step: int) -> None:
+        """What lies beyond `step` is void, and every worker takes its seat anew."""
+        flights = list(self._flights.values())
+        self._flights.clear()
+        self._waiting.clear()
+        for flight in flights:
+            flight.revision += 1  # whoever still offers it stops
+            if flight.kind is Kind.SAMPLE:
+                again = self._enqueue(Kind.SAMPLE, step, flight.microbatch, flight.tokens)
+                again.sampling = flight.sampling
+                self._samples[again.key] = self._samples.pop(flight.key)
+        self._opened = self._evaluated = step - 1
+        self._measured = None
+        self._asked.clear()
+        self._penalised.clear()
 
     # --- one round of decisions
 

@@ -24,6 +24,7 @@ from koinon.nodes.claims import Claimant
 from koinon.nodes.compute import Compute
 from koinon.nodes.counters import Counters
 from koinon.nodes.courier import Courier
+from koinon.nodes.departure import Departure
 from koinon.nodes.engine import Engine
 from koinon.nodes.faults import Point, Reach, nothing
 from koinon.nodes.flight import unpacked_ids
@@ -83,6 +84,7 @@ class Worker:
         self._work = asyncio.Event()
         self._claimant: Claimant | None = None
         self._courier: Courier | None = None
+        self._departure: Departure | None = None
         self._ended = asyncio.Event()
         self._goodbye = False
         self._crossing = 0.0
@@ -134,11 +136,25 @@ class Worker:
     # --- life
 
     async def run(self, addresses: tuple[str, ...]) -> None:
-        """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin."""
+        """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin.
+
+        When a living league goes back to an older step, every worker takes its seat anew, from its own snapshot.
+        """
         self._follower.listen(self._on_event)
+        while await self._serve(addresses):
+            log.info("the league went back to step %s: taking a seat anew", self.state.step)
+            self._engine = self._bench = self._reducer = self._claimant = self._courier = self._departure = None
+            self._ended.clear()
+
+    async def _serve(self, addresses: tuple[str, ...]) -> bool:
+        """One seat, from joining to its end. True if the league went back and this worker with it."""
         welcome, spec, engine, beats = await self._seating.take(addresses)
         self._adopt(beats)
         beats.add_done_callback(lambda _: self._ended.set())
+        resumes = self.state.tally.resumes
+        if self.state.seats[Member(welcome.member)].status is SeatStatus.LEFT:  # while it began
+            resumes -= 1
+            self._ended.set()
         self._engine = engine
         self._bench = bench = Workbench(
             welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight
@@ -160,6 +176,7 @@ class Worker:
             self._give_up,
             self._reach,
         )
+        self._departure = Departure(self._transport, self._coordinator, bench, engine, self._syncer, lambda: self.state)
         self._telemetry.flops_per_item = item_flops(
             spec.model, welcome.stage, spec.train.microbatch, spec.model.context
         ).total.count
@@ -178,10 +195,28 @@ class Worker:
             with contextlib.suppress(PeerError):
                 message = m.Leave(welcome.member, "its process was told to end")
                 await self._transport.request(self._coordinator, m.CTL, message, deadline=FAREWELL)
+            return False
+        return await self._went_back(resumes)
+
+    async def _went_back(self, resumes: int) -> bool:
+        """Whether the seat ended because all go back. Its heartbeat may have been refused before the log said why."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL.value):
+                while self.state.phase is Phase.TRAINING and self.state.member_of(self._transport.me) is not None:
+                    await asyncio.sleep(0.01)
+        return self.state.tally.resumes > resumes and self.state.phase is Phase.TRAINING
 
     def end(self) -> None:
-        """Let `run` return; it says goodbye first, if it has a seat."""
+        """Let `run` return, once what it has claimed is committed; it says goodbye first. Said twice: at once."""
+        if self._departure is None or self._goodbye or self.state.phase is not Phase.TRAINING:
+            self._ended.set()
+        else:
+            self._spawn(self._drain(self._departure))
         self._goodbye = True
+
+    async def _drain(self, departure: Departure) -> None:
+        self._state = "draining"
+        await departure.drain("its process was told to end")
         self._ended.set()
 
     async def _ask_for_seat(self, message: m.Join) -> m.Welcome:
@@ -211,6 +246,8 @@ class Worker:
             case ev.Returned(member=member) if member == self._bench.member:
                 self._spawn(self._resync())
             case ev.SeatLeft(member=member) if member == self._bench.member:
+                self._ended.set()
+            case ev.RunResumed():
                 self._ended.set()
             case ev.StageStepped(stage=stage) if stage == self._bench.stage:
                 self._spawn(self._step_taken(event))
@@ -265,6 +302,8 @@ class Worker:
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
         self._reach(Point.COMMITTED, event.step)
         self._bench.step = self._engine.step
+        if self._departure is not None:
+            self._departure.step_taken()
         self._syncer.prune(self.state.step)  # a resume goes back to a step that every stage has
         self._poke()
 
@@ -342,6 +381,8 @@ class Worker:
     def _is_current(self, lease: m.Lease) -> bool:
         if self._bench is None:
             raise Refused("Still joining: ask again in a moment.")
+        if len(lease.route) == self._bench.stages and lease.route[self._bench.stage] != self._bench.member:
+            return False  # it names a former life of this worker
         return lease.step >= self.state.step or lease.kind is not Kind.TRAIN
 
     def _check_lease(self, peer: PeerId, lease: m.Lease) -> None:
@@ -459,7 +500,9 @@ class Worker:
     def _telemetry_now(self) -> m.Telemetry:
         queued = sum(1 for _ in self._bench.jobs()) if self._bench else 0
         recomputed = self._engine.recomputed_items if self._engine else 0
-        return self._telemetry.as_message(self._state, self._compute.busy_seconds, queued, recomputed)
+        told = self._telemetry.as_message(self._state, self._compute.busy_seconds, queued, recomputed)
+        fetched = self._syncer.progress
+        return told if fetched is None else m.fetching(told, fetched.done, fetched.total, fetched.rate)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._adopt(asyncio.create_task(work))

@@ -103,6 +103,13 @@ class Returned(_Event, frozen=True):
     member: Member
 
 
+class Draining(_Event, frozen=True):
+    """The member is about to leave: it is leased nothing more, and goes once its step is taken."""
+
+    member: Member
+    reason: str
+
+
 class SeatLeft(_Event, frozen=True):
     """The member is gone for good: its process ended, or its grace time passed, or it said goodbye (`drained`)."""
 
@@ -255,6 +262,7 @@ Event: TypeAlias = (
     | SeatMoved
     | Unreachable
     | Returned
+    | Draining
     | SeatLeft
     | Excluded
     | ItemsReleased

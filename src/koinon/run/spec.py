@@ -74,7 +74,9 @@ class LeagueConfig:
     max_workers: int = 128
     """Beyond it, joiners wait in the queue."""
     grace_s: float = 30.0
-    """How long an unreachable worker's seat is kept."""
+    """How long an unreachable worker's seat is kept, and an emptied stage waits for its own step before all go back."""
+    pause_s: float = 86400.0
+    """How long a run waits for a stage that nobody holds any more, until it fails; 0 waits for ever."""
     in_flight: int = 16
     """Work items that one worker may hold at once. Over near links a few are enough; how many are used is measured."""
     graph_budget_mib: int = 512
@@ -82,7 +84,7 @@ class LeagueConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "replicas", "max_workers", "in_flight")
-        _at_least(self, 0, "graph_budget_mib", "grace_s")
+        _at_least(self, 0, "graph_budget_mib", "grace_s", "pause_s")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,9 +33,18 @@ class Phase(StrEnum):
 
 class SeatStatus(StrEnum):
     SYNCING = "syncing"
+    ATTENDING = "attending"
+    """It has the stage's frozen tensors, and is given the updated weights of the next reduces."""
     READY = "ready"
+    DRAINING = "draining"
+    """It is about to leave: it finishes what it has claimed, and is leased nothing more."""
     UNREACHABLE = "unreachable"
     LEFT = "left"
+
+
+_LIVING = tuple(status for status in SeatStatus if status is not SeatStatus.LEFT)
+_HOLDING = (SeatStatus.READY, SeatStatus.DRAINING, SeatStatus.UNREACHABLE)
+"""Whoever is silent may come back with the weights that it had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class StageState:
     dropped: frozenset[int] = frozenset()
     """Microbatches of the current step that this stage goes without."""
     disputes: int = 0
+    emptied: float | None = None
+    """Since when no member holds the weights of a stage that was founded (Unix time, for people); None: some do."""
 
     def root_at(self, step: int) -> str | None:
         return next((v.root for v in reversed(self.versions) if v.step == step), None)
@@ -116,6 +127,15 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """A run waits for a stage that nobody holds any more: for its weights at `step`, since a Unix time."""
+
+    stage: int
+    step: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunState:
     run: str = ""
     spec: str = ""
@@ -145,9 +165,16 @@ class RunState:
         """The first step that some stage has not taken yet."""
         return min((s.step for s in self.stages), default=0)
 
+    @property
+    def pauses(self) -> tuple[Pause, ...]:
+        """What the run waits for, if it does: everything is kept, and goes on once these stages have a member."""
+        if self.phase is not Phase.TRAINING:
+            return ()
+        return tuple(Pause(s.index, s.step, s.emptied) for s in self.stages if s.emptied is not None)
+
     def seats_of(self, stage: int, *statuses: SeatStatus) -> list[Seat]:
-        """Seats of a stage in member order; only those of the given statuses, if any are given."""
-        wanted = statuses or (SeatStatus.SYNCING, SeatStatus.READY, SeatStatus.UNREACHABLE)
+        """Seats of a stage in member order, without those that left; only those of the given statuses, if any are."""
+        wanted = statuses or _LIVING
         return [s for _, s in sorted(self.seats.items()) if s.stage == stage and s.status in wanted]
 
     def ready(self, stage: int) -> list[Seat]:
@@ -160,11 +187,17 @@ class RunState:
 
     def may_contribute(self, member: Member, step: int) -> bool:
         seat = self.seats.get(member)
-        return seat is not None and seat.status is SeatStatus.READY and (member, step) not in self.excluded
+        works = seat is not None and seat.status in (SeatStatus.READY, SeatStatus.DRAINING)
+        return works and (member, step) not in self.excluded
 
 
 def apply(state: RunState, event: Event) -> RunState:
     """The state after `event`. Total: never raises on any sequence of well-typed events."""
+    after = _applied(state, event)
+    return after if after.seats is state.seats else _with_emptied(after, event.at)
+
+
+def _applied(state: RunState, event: Event) -> RunState:
     match event:
         case ev.RunOpened():
             return _opened(state, event)
@@ -184,6 +217,9 @@ def apply(state: RunState, event: Event) -> RunState:
             return _gone(state, member, SeatStatus.UNREACHABLE, counts=True)
         case ev.Returned(member=member):
             return _set_seat(state, member, status=SeatStatus.SYNCING)
+        case ev.Draining(member=member):
+            is_ready = member in state.seats and state.seats[member].status is SeatStatus.READY
+            return _set_seat(state, member, status=SeatStatus.DRAINING) if is_ready else state
         case ev.SeatLeft(member=member, drained=drained):
             return _left(state, member, drained=drained)
         case ev.Excluded(member=member, step=step):
@@ -328,6 +364,16 @@ def _excluded(state: RunState, member: Member, step: int) -> RunState:
     return _count(state, excluded=1)
 
 
+def _with_emptied(state: RunState, at: float) -> RunState:
+    """Note which founded stages have lost their last holder, and which have one again."""
+    held = {seat.stage for seat in state.seats.values() if seat.status in _HOLDING}
+    for stage in state.stages:
+        is_empty = bool(stage.versions) and stage.index not in held
+        if is_empty != (stage.emptied is not None):
+            state = _set_stage(state, replace(stage, emptied=at if is_empty else None))
+    return state
+
+
 def _dropped(state: RunState, event: ev.ItemDropped) -> RunState:
     stages = list(state.stages)
     changed = 0
@@ -394,7 +440,10 @@ def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
     stage = StageState(event.stage, event.step + 1, versions=(*stage.versions, version)[-ROOTS_KEPT:])
     seats = dict(state.seats)
     for member, seat in seats.items():
-        if seat.stage != event.stage or seat.status is not SeatStatus.READY:
+        if seat.stage != event.stage or seat.status not in (SeatStatus.READY, SeatStatus.DRAINING):
+            continue
+        if seat.status is SeatStatus.DRAINING:
+            seats[member] = replace(seat, step=event.step + 1 if member in members else seat.step)
             continue
         # Whoever was not in the reduce did not get the updated bytes: it has to fetch them.
         status = SeatStatus.READY if member in members else SeatStatus.SYNCING

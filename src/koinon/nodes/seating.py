@@ -20,10 +20,12 @@ from koinon.nodes.syncer import Syncer
 from koinon.nodes.workbench import Workbench
 from koinon.run.events import Member
 from koinon.run.spec import RunSpec
-from koinon.units import PeerId
+from koinon.units import PeerId, Seconds
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
+READING = Seconds(10.0)
+"""How long a worker waits to read of its own seat before it asks for another."""
 
 
 class Seating:
@@ -74,9 +76,18 @@ class Seating:
 
     async def _begin(self, welcome: m.Welcome, spec: RunSpec, addresses: tuple[str, ...]) -> Engine:
         await self._follower.start(addresses)
-        while Member(welcome.member) not in self._follower.state.seats:
-            await asyncio.sleep(0.01)
+        await self._read_of(Member(welcome.member))
         return await self._syncer.begin(welcome, spec, self._follower)
+
+    async def _read_of(self, member: Member) -> None:
+        """Until our copy of the log has our seat. Where that takes long the log may be sent to nobody: it is to those
+        alone who have a seat, and ours may have become void in between. What was read by then is kept."""
+        try:
+            async with asyncio.timeout(READING.value):
+                while member not in self._follower.state.seats:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise NothingToResume(f"The log did not tell of this worker's seat within {READING}: ask again.") from None
 
     async def get_ready(self, engine: Engine, bench: Workbench, compute: Compute) -> None:
         """Fetch until the coordinator agrees that this member has what the stage has.

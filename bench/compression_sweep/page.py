@@ -31,9 +31,10 @@ def _setting() -> str:
     return (
         f"Width {model.size}, {model.layers} layers in {model.stages} stages, sequences of {model.context} bytes, "
         f"{plan.BATCH * model.context:,} tokens a step. The candidate sends {model.rank} coefficients in {model.codec} "
-        f"and one scale. Its twin sends the whole stream in fp32 and has the same local tables, the same number of "
-        f"trained parameters and the same text in the same order; it finds an n-gram under {plan.TWIN.model.hashes} hash "
-        f"and the candidate under {model.hashes}, which is what suits either. Rates of both: Muon {rates.muon:g}, "
+        "and one scale. Its twin sends the whole stream in fp32 and has the same local tables, the same number of "
+        "trained parameters and the same text in the same order; it finds an n-gram under "
+        f"{plan.TWIN.model.hashes} hash and the candidate under {model.hashes}, which is what suits either. "
+        f"Rates of both: Muon {rates.muon:g}, "
         f"AdamW {rates.adamw:g} (also tried on both sides: {lost}); warm-up, steady rate, linear decay over the last "
         "fifth. Texts: *code* is the source of Python's standard library; *prose* is pydoc's help topics and the "
         "docstrings of the standard library and of numpy. Losses are in nats per byte on 256 held-out sequences. "

@@ -32,6 +32,7 @@ ANY: dict[type, st.SearchStrategy[Event]] = {
     ev.Revoked: st.builds(ev.Revoked, text, text),
     ev.Seated: st.builds(ev.Seated, member, text, text, stage, st.integers(0, 2), st.just(())),
     ev.SeatReady: st.builds(ev.SeatReady, member, step, text),
+    ev.Attending: st.builds(ev.Attending, member),
     ev.SeatMoved: st.builds(ev.SeatMoved, member, st.just(("there",))),
     ev.Unreachable: st.builds(ev.Unreachable, member, text),
     ev.Returned: st.builds(ev.Returned, member),
@@ -40,7 +41,9 @@ ANY: dict[type, st.SearchStrategy[Event]] = {
     ev.Excluded: st.builds(ev.Excluded, member, step, text),
     ev.ItemsReleased: st.builds(ev.ItemsReleased, step, stage, member, items, text),
     ev.ItemDropped: st.builds(ev.ItemDropped, step, st.integers(0, 9), st.lists(stage, max_size=3).map(tuple), text),
-    ev.ReduceOpened: st.builds(ev.ReduceOpened, stage, step, attempt, *several),
+    ev.ReduceOpened: st.builds(
+        ev.ReduceOpened, stage, step, attempt, *several, st.lists(member, max_size=2).map(tuple)
+    ),
     ev.ReduceAborted: st.builds(ev.ReduceAborted, stage, step, attempt, text),
     ev.Disputed: st.builds(ev.Disputed, stage, step, attempt, member, member, text, number),
     ev.MomentumLost: st.builds(ev.MomentumLost, stage, step, st.just(("tensor",))),
@@ -84,18 +87,27 @@ def _what_comes(draw: st.DrawFn, state: RunState, here: int) -> list[Event]:
     working = state.seats_of(here, SeatStatus.READY, SeatStatus.DRAINING)
     able = [seat.member for seat in working if state.may_contribute(seat.member, now.step)]
     match draw(
-        st.sampled_from(["join", "reduce", "reduce", "commit", "commit", "lose", "exclude", "return", "resume"])
+        st.sampled_from(
+            ["join", "attend", "reduce", "reduce", "commit", "commit", "lose", "exclude", "return", "resume"]
+        )
     ):
         case "join":
             who = Member(state.next_member)
             root = now.root_at(now.step) or "founded"
             account = f"account {here}{draw(st.integers(0, 2))}"
-            return [ev.Seated(who, f"w{who}", account, here, 0, ()), ev.SeatReady(who, now.step, root)]
+            begun: list[Event] = [ev.Seated(who, f"w{who}", account, here, 0, ())]
+            if draw(st.booleans()):
+                return [*begun, ev.Attending(who)]
+            return [*begun, ev.SeatReady(who, now.step, root)]
+        case "attend":
+            late = state.seats_of(here, SeatStatus.ATTENDING)
+            return [ev.SeatReady(late[0].member, now.step, now.root_at(now.step) or "founded")] if late else []
         case "reduce" if able and now.reduce is None:
             sets: list[list[int]] = [[] for _ in able]
             for microbatch in range(MICROBATCHES):
                 sets[draw(st.integers(0, len(able) - 1))].append(microbatch)
-            return [ev.ReduceOpened(here, now.step, now.attempt, tuple(able), tuple(map(pack, sets)))]
+            late = tuple(seat.member for seat in state.seats_of(here, SeatStatus.ATTENDING))
+            return [ev.ReduceOpened(here, now.step, now.attempt, tuple(able), tuple(map(pack, sets)), late)]
         case "commit" if now.reduce is not None:
             paid: list[Event] = [
                 ev.Contributed(who, here, now.step, bitmap, 10 * len(unpack(bitmap)), 100 * len(unpack(bitmap)))

@@ -102,7 +102,15 @@ class Board:
             case ev.Contributed(at=at, member=member, tokens=tokens):
                 pace = self.work.get(member, Pace()).add(at, tokens)
                 return replace(board, work={**self.work, member: pace})
-            case ev.SeatReady() | ev.SeatLeft() | ev.Draining() | ev.Seated() | ev.Unreachable() | ev.Returned():
+            case (
+                ev.SeatReady()
+                | ev.SeatLeft()
+                | ev.Draining()
+                | ev.Attending()
+                | ev.Seated()
+                | ev.Unreachable()
+                | ev.Returned()
+            ):
                 return board._seat_changed(event)
             case _:
                 return board._noted(event)
@@ -203,7 +211,7 @@ class Board:
         )
 
     def _seat_changed(
-        self, event: ev.SeatReady | ev.SeatLeft | ev.Draining | ev.Seated | ev.Unreachable | ev.Returned
+        self, event: ev.SeatReady | ev.SeatLeft | ev.Draining | ev.Attending | ev.Seated | ev.Unreachable | ev.Returned
     ) -> Board:
         board = replace(self, since={**self.since, event.member: event.at})
         seat = self.state.seats.get(event.member)

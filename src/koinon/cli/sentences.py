@@ -27,7 +27,7 @@ class Tone(Enum):
 
 def tone(event: ev.Event) -> Tone:
     match event:
-        case ev.Draining():
+        case ev.Draining() | ev.Attending():
             return Tone.NOTED
         case ev.Evaluated() | ev.RunCompleted() | ev.Returned() | ev.SeatReady() | ev.RunResumed():
             return Tone.GOOD
@@ -71,6 +71,7 @@ def sentence(event: ev.Event, state: RunState) -> str:
         case (
             ev.Seated()
             | ev.SeatReady()
+            | ev.Attending()
             | ev.SeatMoved()
             | ev.Unreachable()
             | ev.Returned()
@@ -110,6 +111,7 @@ def place(member: int, state: RunState, *, within: bool = False) -> str:
 _OfMember = (
     ev.Seated
     | ev.SeatReady
+    | ev.Attending
     | ev.SeatMoved
     | ev.Unreachable
     | ev.Returned
@@ -127,6 +129,8 @@ def _of_member(event: _OfMember) -> str:
             return f"was taken by worker {worker[:10]} of {account}"
         case ev.SeatReady(step=step):
             return f"is ready at step {step}"
+        case ev.Attending():
+            return "catches up: it is sent what each step updates"
         case ev.SeatMoved():
             return "can be reached at another address"
         case ev.Unreachable(reason=reason):

@@ -93,6 +93,7 @@ class Coordinator:
         for message, handler in (
             (m.Heartbeat, self._on_heartbeat),
             (m.Ready, self._on_ready),
+            (m.Attend, self._on_attend),
             (m.Held, self._on_held),
             (m.Complain, self._on_complaint),
             (m.Broken, self._on_broken),
@@ -242,7 +243,7 @@ class Coordinator:
     async def _on_ready(self, peer: PeerId, message: m.Ready, _body: bytearray) -> Answer:
         seat = self._seat(peer, message.member)
         stage = self.state.stages[seat.stage]
-        if seat.status is not SeatStatus.SYNCING:
+        if seat.status not in (SeatStatus.SYNCING, SeatStatus.ATTENDING):
             return m.Ack()  # a late twin; or unreachable, and its next heartbeat begins this anew
         if message.step != stage.step:
             raise Refused(f"Stage {seat.stage} is at step {stage.step} by now; you have {message.step}: fetch again.")
@@ -252,6 +253,12 @@ class Coordinator:
                 f"Your weights of stage {seat.stage} at step {stage.step} are not those of the log: fetch them."
             )
         self.write(ev.SeatReady(seat.member, message.step, message.root))
+        return m.Ack()
+
+    async def _on_attend(self, peer: PeerId, message: m.Attend, _body: bytearray) -> Answer:
+        seat = self._seat(peer, message.member)
+        if seat.status is SeatStatus.SYNCING:
+            self.write(ev.Attending(seat.member))
         return m.Ack()
 
     async def _on_heartbeat(self, peer: PeerId, message: m.Heartbeat, _body: bytearray) -> Answer:
@@ -320,7 +327,8 @@ class Coordinator:
         now = self._clock()
         until = now + deadline(self._reduces[stage.index], floor=REDUCE_FLOOR).value
         self._attempts[stage.index] = OpenAttempt(stage.attempt, until, now)
-        self.write(ev.ReduceOpened(stage.index, stage.step, stage.attempt, tuple(members), sets))
+        attendees = tuple(s.member for s in self.state.seats_of(stage.index, SeatStatus.ATTENDING))
+        self.write(ev.ReduceOpened(stage.index, stage.step, stage.attempt, tuple(members), sets, attendees))
         return m.Ack(self.log.head.seq + 1)
 
     def _checked_sets(self, stage: StageState, members: list[Member], claimed: dict[int, bytes]) -> tuple[bytes, ...]:

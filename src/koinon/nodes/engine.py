@@ -324,9 +324,15 @@ class Engine:
         ordered = {name: weights[name] for name in self.names}
         return Prepared(self.step + 1, ordered, dict(momentum), root(ordered))
 
+    def attended(self, weights: Mapping[str, Tensor], step: int) -> Prepared:
+        """What `commit` will apply where all of it came from others: the stage's tensors after `step`."""
+        ordered = {name: weights[name] for name in self.names}
+        return Prepared(step + 1, ordered, {}, root(ordered))
+
     def commit(self, prepared: Prepared) -> None:
         """Apply a reduce that the log has committed, and empty the accumulators."""
-        self._previous = {name: p.data for name, p in self.stage.trained().items()}
+        is_next = prepared.step == self.step + 1  # whoever attended may have skipped some
+        self._previous = {name: p.data for name, p in self.stage.trained().items()} if is_next else {}
         self.stage.load(prepared.weights)
         self.momentum = dict(prepared.momentum)
         self.step = prepared.step

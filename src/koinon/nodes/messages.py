@@ -279,6 +279,13 @@ class Renewed(Message, frozen=True):
     nbytes: int = 0
 
 
+class Attend(Message, frozen=True):
+    """A member whose weights are older than its stage's asks to be sent what the next reduces update."""
+
+    member: int
+    nbytes: int = 0
+
+
 class Held(Message, frozen=True):
     """A member holds every tensor's new bytes of this attempt, durably."""
 

@@ -4,6 +4,7 @@
     owner and second    sum the slices in member order, and exchange the sums of squares for the stage's clip
     owner               runs the optimizer and sends the *updated bytes* to all; the second compares them with its own
     every member        holds all tensors, writes them down durably, and says so; applies them when the log commits
+    attendee            is sent the updated bytes too, after the members; owns nothing, and nobody waits for it
 
 So replicas are equal by construction, whatever hardware they run on, and nobody applies early. Any trouble ends in a
 complaint; the coordinator decides who stays and opens the next attempt. Knows nothing of items.
@@ -94,6 +95,8 @@ class Reducer:
         self._running: tuple[int, int] | None = None
         self._task: asyncio.Task[None] | None = None
         self._prepared: dict[tuple[int, int], Prepared] = {}
+        self._attending: tuple[tuple[int, int], asyncio.Task[Prepared]] | None = None
+        self._courtesies: set[asyncio.Task[None]] = set()  # what attendees are sent; it may outlast the attempt
         self._waits = History()
         tokens = spec.train.microbatch * spec.model.context
         self.item_limit = nbytes(spec.model.codec, tokens, spec.model.boundary_width) + 4 * (
@@ -103,6 +106,7 @@ class Reducer:
 
     def close(self) -> None:
         self._stop()
+        self._end_attendance()
 
     def on_event(self, _event: ev.Event, state: RunState) -> None:
         """Follow the log: start the attempt that is open, stop one that is not."""
@@ -112,9 +116,18 @@ class Reducer:
             return
         self._stop()
         self._running = wanted
-        if reduce is not None and self._member in reduce.members:
+        if reduce is None:
+            if self._attending is not None and self._attending[0][0] >= state.stages[self._stage].step:
+                self._end_attendance()  # the attempt came to nothing
+            return
+        self._end_attendance()
+        if self._member in reduce.members:
             self._forget_before(reduce.step, reduce.attempt)
             self._task = asyncio.create_task(self._take_part(reduce), name=f"reduce {wanted}")
+        elif self._member in reduce.attendees:
+            self._forget_before(reduce.step, reduce.attempt)
+            key = (reduce.step, reduce.attempt)
+            self._attending = key, asyncio.create_task(self._attend(reduce), name=f"attend {wanted}")
 
     def prepared(self, event: ev.StageStepped) -> Prepared | None:
         """What this member holds of a committed attempt; None if it was not part of it."""
@@ -122,12 +135,24 @@ class Reducer:
         self._prepared.clear()
         return held if held is not None and held.root == event.root else None
 
+    async def attended(self, event: ev.StageStepped) -> Prepared | None:
+        """The same of an attempt that this member attended, once the last bytes have come; None if they never do."""
+        if self._attending is None or self._attending[0] != (event.step, event.attempt):
+            return None
+        task = self._attending[1]
+        await asyncio.wait([task])
+        if task.cancelled() or (error := task.exception()) is not None:
+            log.info("step %s was attended in vain: %s", event.step, "it took too long" if task.cancelled() else error)
+            return None
+        return task.result() if task.result().root == event.root else None
+
     def deposit(self, peer: PeerId, message: m.Slice | m.Updated | m.Norms, body: bytearray) -> Answer:
         """A member's piece. It may come before we have read that the attempt is open."""
         seat = self._state().member_of(peer)
         if seat is None or seat.stage != self._stage or message.stage != self._stage:
             raise Refused("Only members of the same stage reduce with each other.")
-        if not self._engine.step <= message.step <= self._engine.step + 1:
+        newest = max(self._engine.step, self._state().stages[self._stage].step)  # an attendee's own may be older
+        if not self._engine.step <= message.step <= newest + 1:
             return Drop(reason="an old step")
         content: Any = message.squares if isinstance(message, m.Norms) else body
         slot = self._slot(message.step, message.attempt, type(message), seat.member)
@@ -162,12 +187,13 @@ class Reducer:
             lost = await self._ensure_momentum(reduce, shares.summed[me])
             norm = await self._norm(reduce, shares, squared, pushes)
             weights, states = await self._compute.run(lambda: engine.update(summed, norm))
-            await self._send_updated(reduce, shares, weights, pushes)
+            mine = await self._send_updated(reduce, shares, weights, pushes)
             self._reach(Point.UPDATED, reduce.step)
             whole = await self._gather(reduce, shares, weights)
             await self._check_as_second(reduce, shares, weights, whole)
             held, penalised = await self._compute.run(lambda: self._hold(reduce, whole, states))
         self._reach(Point.HELD, reduce.step)
+        self._send_attendees(reduce, mine)
         message = m.Held(
             me, self._stage, reduce.step, reduce.attempt, held.root, norm, penalised, tuple(lost)
         )  # fmt: skip
@@ -184,15 +210,33 @@ class Reducer:
 
     async def _send_updated(
         self, reduce: OpenReduce, shares: Shares, weights: dict[str, Tensor], pushes: asyncio.TaskGroup
-    ) -> None:
+    ) -> bytes:
         names = shares.owned[self._member]
         others = [member for member in reduce.members if member != self._member]
-        if not names or not others:
-            return
+        if not names or not (others or reduce.attendees):
+            return b""
         mine = await self._compute.run(lambda: self._engine.sent(names, weights))
         for other in others:
             header = m.Updated(self._stage, reduce.step, reduce.attempt, len(mine))
             pushes.create_task(self._push(reduce, other, header, mine))
+        return mine
+
+    def _send_attendees(self, reduce: OpenReduce, mine: bytes) -> None:
+        """When the members have all: until the next attempt begins, in this one's shade."""
+        header = m.Updated(self._stage, reduce.step, reduce.attempt, len(mine))
+        for attendee in reduce.attendees if mine else ():
+            task = asyncio.create_task(self._push(reduce, attendee, header, mine), name=f"courtesy to {attendee}")
+            self._courtesies.add(task)
+            task.add_done_callback(self._courtesies.discard)
+
+    async def _attend(self, reduce: OpenReduce) -> Prepared:
+        """Every owner's update, as it comes. No complaint: whoever attends has no claim to it."""
+        shares, whole = Shares.among(self._engine.sizes, reduce.members, self._state()), dict[str, Tensor]()
+        for owner, names in shares.owned.items():
+            if names:
+                body = await self._slot(reduce.step, reduce.attempt, m.Updated, owner)
+                whole |= await self._compute.run(lambda names=names, body=body: self._engine.received(names, body))  # type: ignore[misc]
+        return await self._compute.run(lambda: self._engine.attended(whole, reduce.step))
 
     async def _sum(
         self, reduce: OpenReduce, shares: Shares, contributors: list[Member]
@@ -352,6 +396,14 @@ class Reducer:
         if self._task is not None:
             self._task.cancel()
         self._task = None
+
+    def _end_attendance(self) -> None:
+        """The next attempt begins: what the last one still owed, to us or by us, is of no use any more."""
+        for task in list(self._courtesies):
+            task.cancel()
+        if self._attending is not None:
+            self._attending[1].cancel()
+        self._attending = None
 
     def _forget_before(self, step: int, attempt: int) -> None:
         for key in [key for key in self._inbox if key[:2] < (step, attempt)]:

@@ -29,6 +29,7 @@ REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
         m.Heartbeat,
         m.Ready,
         m.Renew,
+        m.Attend,
         m.Held,
         m.Complain,
         m.Broken,

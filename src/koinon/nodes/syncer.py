@@ -29,7 +29,7 @@ from koinon.nodes.content import FROZEN, WEIGHTS, Content, over, under
 from koinon.nodes.custody import Custody, Label, OwnDisk, snapshot_path, snapshots, verified
 from koinon.nodes.download import Brought, Download, Progress
 from koinon.nodes.engine import Engine, Prepared
-from koinon.nodes.follower import RunFollower
+from koinon.nodes.follower import RunFollower, insist
 from koinon.nodes.offers import Offers
 from koinon.nodes.switchboard import Switchboard
 from koinon.optim.update import State
@@ -39,6 +39,9 @@ from koinon.units import BitsPerSecond, PeerId, Seconds
 
 log = logging.getLogger(__name__)
 FETCH_PAUSE = 0.1
+GLANCE = 0.02
+WORTH_ATTENDING = 0.25
+"""Steps that a stage takes during one fetch of its weights, from which on another fetch is likely to be late too."""
 FETCH_PATIENCE = Seconds(10.0)
 """Whoever waits longer for a first member to be ready asks anew: the one that everybody waits for may be gone."""
 _MOMENTUM = "momentum/"
@@ -69,6 +72,7 @@ class Syncer:
         self._pinning = asyncio.Lock()
         self._download = Download(transport, directory, self._on_progress)
         self.progress: Progress | None = None
+        self._steps_per_fetch = self._took = 0.0
         board.on(m.ContentWanted, self._on_content_wanted)
         board.on(ChunkWanted, self._on_chunk_wanted)
         board.on(m.MomentumWanted, self._on_momentum_wanted)
@@ -111,11 +115,34 @@ class Syncer:
         index = engine.stage.index
         if follower.state.stages[index].step <= engine.step:
             return
+        if self._steps_per_fetch >= WORTH_ATTENDING:
+            await self._attend(engine, follower)
+            return
         brought = await self._fetch(index, newer_than=engine.step, seed=await self._current(engine))
         momentum = await self._lone_momentum(index, brought.step, engine.names)
         before = await self._before(index, brought)
         await self._compute.run(lambda: engine.adopt(brought.weights, momentum, brought.step))
         await self._settle(engine, before)
+
+    async def _attend(self, engine: Engine, follower: RunFollower) -> None:
+        """Wait until the engine has what a reduce updated: the stage steps faster than its weights can be fetched."""
+        index, first, patience = engine.stage.index, engine.step, max(FETCH_PATIENCE.value, 4 * self._took)
+        if (mine := follower.state.member_of(self._transport.me)) is None:
+            return
+        if mine.status is SeatStatus.SYNCING:
+            await insist(self._transport, PeerId(follower.state.coordinator), m.CTL, m.Attend(mine.member))
+        moved, known = loop_time(), follower.state.stages[index].step
+        while engine.step == first and follower.state.member_of(self._transport.me) is not None:
+            await asyncio.sleep(GLANCE)
+            stage = follower.state.stages[index]
+            if stage.step != known or stage.reduce is not None:
+                moved, known = loop_time(), stage.step
+            elif loop_time() - moved > patience:
+                self._steps_per_fetch = 0.0  # it has come to rest: what it has now can be fetched
+                return
+        momentum = await self._lone_momentum(index, engine.step, engine.names)
+        step = engine.step
+        await self._compute.run(lambda: engine.momentum.update(momentum) if engine.step == step else None)
 
     async def _settle(self, engine: Engine, before: dict[str, Tensor]) -> None:
         """Keep what just came, on disk too, and the weights of the step before, if the log knows them: a stage that has
@@ -151,6 +178,7 @@ class Syncer:
             try:
                 brought = await self._download.bring(stage, ready, known.root_at, newer_than=newer_than, seed=seed)
                 if brought is not None:
+                    self._judge(stage, brought)
                     return brought
             except PeerError as error:
                 log.info("the state of stage %s did not come whole: %s", stage, error)
@@ -162,6 +190,13 @@ class Syncer:
             elif not others or (not ready and loop_time() - began > FETCH_PATIENCE.value):
                 raise NothingToResume(f"Nobody in stage {stage} has its state any more: ask for a seat again.")
             await asyncio.sleep(FETCH_PAUSE)
+
+    def _judge(self, stage: int, brought: Brought) -> None:
+        """How many steps the stage would take while its weights, and nothing else, were fetched again."""
+        missed = max(0, self._state().stages[stage].step - brought.step)
+        weights = sum(tensor.nbytes for tensor in brought.weights.values())
+        self._steps_per_fetch = missed * min(1.0, weights / max(1, brought.fetched))
+        self._took = brought.took
 
     async def _before(self, stage: int, brought: Brought) -> dict[str, Tensor]:
         """Weights of the step before, where some stage has not taken it; none if nobody has them any more."""

@@ -296,7 +296,8 @@ class Worker:
         assert self._engine and self._bench and self._reducer
         prepared = self._reducer.prepared(event)
         if prepared is None:
-            await self._resync()
+            if not await self._attended(event):
+                await self._resync()
             return
         self._reach(Point.COMMIT, event.step)
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
@@ -307,10 +308,29 @@ class Worker:
         self._syncer.prune(self.state.step)  # a resume goes back to a step that every stage has
         self._poke()
 
+    async def _attended(self, event: ev.StageStepped) -> bool:
+        """Take the bytes of a step that we attended. Whoever waits to be ready sees it by the engine's step."""
+        assert self._engine and self._bench and self._reducer
+        prepared, engine = await self._reducer.attended(event), self._engine
+        if prepared is None or engine.step > event.step:
+            return False
+        try:
+            await self._compute.run(lambda: self._syncer.save(engine, prepared))
+        except DiskFull as error:
+            await self._give_up(error)
+            return True
+        await self._compute.run(lambda: engine.commit(prepared))
+        self._bench.step = engine.step
+        self._poke()
+        if self._state != "syncing":
+            await self._resync()  # it was ready when the step was taken without it
+        return True
+
     async def _resync(self) -> None:
         assert self._engine and self._bench
         seat = self.state.seats[Member(self._bench.member)]
-        if seat.status is SeatStatus.SYNCING:
+        is_getting_ready = seat.status is SeatStatus.ATTENDING and self._state == "syncing"
+        if seat.status in (SeatStatus.SYNCING, SeatStatus.ATTENDING) and not is_getting_ready:
             self._void(self._engine.step)
             await self._get_ready()
 

@@ -83,6 +83,12 @@ class SeatReady(_Event, frozen=True):
     root: str
 
 
+class Attending(_Event, frozen=True):
+    """The member has its stage's frozen tensors, and older weights: it is given what the next reduces update."""
+
+    member: Member
+
+
 class SeatMoved(_Event, frozen=True):
     """The member can be reached elsewhere from now on."""
 
@@ -155,6 +161,8 @@ class ReduceOpened(_Event, frozen=True):
     """In the order in which contributions are summed."""
     sets: tuple[bytes, ...]
     """Per member, the bitmap of the items in its contribution."""
+    attendees: tuple[Member, ...] = ()
+    """Who is sent the updated bytes, beside the members. They own nothing, and nobody waits for them."""
 
 
 class ReduceAborted(_Event, frozen=True):
@@ -259,6 +267,7 @@ Event: TypeAlias = (
     | Revoked
     | Seated
     | SeatReady
+    | Attending
     | SeatMoved
     | Unreachable
     | Returned

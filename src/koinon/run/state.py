@@ -65,6 +65,7 @@ class OpenReduce:
     attempt: int
     members: tuple[Member, ...]
     sets: tuple[bytes, ...]
+    attendees: tuple[Member, ...] = ()
 
     def items_of(self, member: Member) -> tuple[int, ...]:
         return unpack(self.sets[self.members.index(member)])
@@ -211,6 +212,9 @@ def _applied(state: RunState, event: Event) -> RunState:
             return _seated(state, event)
         case ev.SeatReady():
             return _ready(state, event)
+        case ev.Attending(member=member):
+            is_syncing = member in state.seats and state.seats[member].status is SeatStatus.SYNCING
+            return _set_seat(state, member, status=SeatStatus.ATTENDING) if is_syncing else state
         case ev.SeatMoved(member=member, addresses=addresses):
             return _set_seat(state, member, addresses=addresses)
         case ev.Unreachable(member=member):
@@ -390,7 +394,8 @@ def _reduce_opened(state: RunState, event: ev.ReduceOpened) -> RunState:
         return state
     if len(event.members) != len(event.sets):
         return state
-    return _set_stage(state, replace(stage, reduce=OpenReduce(event.step, event.attempt, event.members, event.sets)))
+    reduce = OpenReduce(event.step, event.attempt, event.members, event.sets, event.attendees)
+    return _set_stage(state, replace(stage, reduce=reduce))
 
 
 def _reduce_aborted(state: RunState, index: int, step: int, attempt: int) -> RunState:
@@ -435,7 +440,7 @@ def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
     stage = _stage_at(state, event.stage, event.step)
     if stage is None or stage.reduce is None or stage.reduce.attempt != event.attempt:
         return state
-    members = stage.reduce.members
+    stage_reduce, members = stage.reduce, stage.reduce.members
     version = Version(event.step + 1, event.root, members)
     stage = StageState(event.stage, event.step + 1, versions=(*stage.versions, version)[-ROOTS_KEPT:])
     seats = dict(state.seats)
@@ -445,8 +450,9 @@ def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
         if seat.status is SeatStatus.DRAINING:
             seats[member] = replace(seat, step=event.step + 1 if member in members else seat.step)
             continue
-        # Whoever was not in the reduce did not get the updated bytes: it has to fetch them.
-        status = SeatStatus.READY if member in members else SeatStatus.SYNCING
+        # Whoever was not in the reduce did not get the updated bytes: it has to fetch them, unless it attended.
+        missed = SeatStatus.ATTENDING if member in stage_reduce.attendees else SeatStatus.SYNCING
+        status = SeatStatus.READY if member in members else missed
         seats[member] = replace(seat, status=status, step=event.step + 1 if member in members else seat.step)
     state = _set_stage(replace(state, seats=seats), stage)
     oldest = state.step

@@ -89,7 +89,7 @@ def examples() -> dict[str, tuple[Wire, bytes]]:
 
 
 def _value(kind: object) -> object:
-    simple = {int: 7, float: 0.5, str: "word", bytes: b"bytes"}
+    simple = {int: 7, bool: True, float: 0.5, str: "word", bytes: b"bytes"}
     if kind in simple:
         return simple[kind]  # type: ignore[index]
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from koinon.errors import Refused
 from koinon.net.clock import run_virtual
+from koinon.net.transport import Reply
 from koinon.nodes import messages as m
+from koinon.nodes.applicant import Applicant
 from koinon.nodes.clock import loop_time
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.waiting_room import BATCH, WaitingRoom
@@ -296,6 +298,35 @@ def test_a_revoked_key_is_refused_with_the_reason() -> None:
     run_virtual(go())
 
 
+class Scripted:
+    """A transport whose peer answers with these, one after the other."""
+
+    def __init__(self, *answers: m.Message) -> None:
+        self.answers, self.asked = list(answers), list[tuple[float, m.Message]]()
+
+    async def request(self, _peer: str, _alpn: str, message: m.Message, **_more: object) -> Reply:
+        self.asked.append((loop_time(), message))
+        return Reply(self.answers.pop(0), bytearray())
+
+
+def test_an_applicant_asks_the_same_again_when_it_was_told_to_and_says_where_it_stands() -> None:
+    async def go() -> None:
+        welcome = m.Welcome(1, 0, 0, "fetch", 0, "", b"")
+        waiting = [m.Waiting(40, place, 10.0, "all 4 seats are taken") for place in (9, 2)]
+        transport = Scripted(m.Later(5.0, "many"), *waiting, welcome, m.Ack())
+        applicant = Applicant(transport, PeerId("c"))  # type: ignore[arg-type]
+        asking = asyncio.create_task(applicant.seat(wish("w")))
+        await asyncio.sleep(5.5)
+        assert applicant.waiting == waiting[0]
+        assert await asking == welcome
+        assert applicant.waiting is None
+        assert [message for _, message in transport.asked] == [wish("w")] * 4
+        times = [at for at, _ in transport.asked]
+        assert all(0.8 * said <= b - a <= said for said, a, b in zip((5.0, 10.0, 10.0), times, times[1:], strict=False))
+
+    run_virtual(go())
+
+
 # --- whole leagues
 
 
@@ -361,3 +392,31 @@ def test_queue_numbers_outlive_the_coordinator(tmp_path: Path, undisturbed: dict
     league = run_league(FULL, tmp_path, look, make_compute=Paced, resume=True)
     assert league.state.phase is Phase.COMPLETE
     assert_whole(league, undisturbed)
+
+
+def test_a_league_trains_on_as_if_nothing_were_while_ten_thousand_come(
+    tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    """Many keys at once, and one key again and again: the answers are bounded, and so is the log."""
+    told: dict[str, list[object]] = {"crowd": [], "one": []}
+
+    async def flood(league: Rehearsal) -> None:
+        await league.ready()
+        coordinator = league.control.coordinator
+
+        async def ask(name: str, wish: str) -> object:
+            return await coordinator._on_join(PeerId(name), m.Join(f"account {name}", (), wish), bytearray())
+
+        for start in range(0, 10_000, 500):
+            told["crowd"] += await asyncio.gather(*(ask(f"w{n}", "wish") for n in range(start, start + 500)))
+            told["one"] += await asyncio.gather(*(ask("w7", f"wish {number}") for number in range(100)))
+            await asyncio.sleep(0.5)
+
+    league = run_league(FULL, tmp_path, flood, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert [answer.ticket for answer in told["crowd"] if isinstance(answer, m.Waiting)] == list(range(1, 10_001))
+    assert {answer.ticket for answer in told["one"] if isinstance(answer, m.Waiting)} == {8}
+    queued = [event for event in league.events if isinstance(event, ev.Queued)]
+    assert len(league.state.line) == len(league.control.coordinator.room._late) == 10_000
+    assert len(queued) < 100
+    assert league.control.follower.state.line == league.state.line

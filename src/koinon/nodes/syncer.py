@@ -118,7 +118,11 @@ class Syncer:
         if self._steps_per_fetch >= WORTH_ATTENDING:
             await self._attend(engine, follower)
             return
-        brought = await self._fetch(index, newer_than=engine.step, seed=await self._current(engine))
+        try:
+            brought = await self._fetch(index, newer_than=engine.step, seed=await self._current(engine))
+        except NothingToResume as error:
+            log.info("%s", error)  # whoever waits for us to be ready hears of it too
+            return
         momentum = await self._lone_momentum(index, brought.step, engine.names)
         before = await self._before(index, brought)
         await self._compute.run(lambda: engine.adopt(brought.weights, momentum, brought.step))

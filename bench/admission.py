@@ -11,7 +11,7 @@ per_cpu_second  the same per second of processor time of the control process, it
                 left of it when the machine is busy otherwise
 decided         answers of the handler alone, new wishes and repeated ones, batches written to the log included
 filled_mib      memory of the control process for 10,000 tickets
-growth_mib      what it grew by during the siege
+growth_mib      what that process, of a league that does nothing else, grew by in a siege of ever new connections
 step_ratio      steps per second during a siege over those without, in turns. The siege: polls at the rate at which
                 10,000 waiters are told to ask, each with a connection of its own, and beside them connections that
                 say nothing, rubbish and half frames.
@@ -93,9 +93,7 @@ class Bench:
         self.found.filled_mib, self.found.waiting = rss() - before, len(self.league.state.line)
         progress(f"{self.found.waiting} wait, {self.found.filled_mib:.1f} MiB")
         await self._besiege(Siege(*self._where(), KEYS, 3.0))  # what connections and code cost once
-        filled = rss()
         await self._turns(3.0 if self.quick else 6.0, 5 if self.quick else 12)
-        self.found.growth_mib = rss() - filled
         return self.found
 
     async def rate(self) -> None:
@@ -110,6 +108,10 @@ class Bench:
         self.found.per_second = answers["answered"] / answers["seconds"]
         self.found.per_cpu_second = answers["answered"] / (time.process_time() - spent)
         progress(f"over the transport: {answers}")
+        before = rss()
+        siege = Siege(*self._where(), KEYS, 6.0 if self.quick else 60.0, rate=150.0, redials=True, hostile=True)
+        progress(f"redialling: {await self._besiege(siege)}")
+        self.found.growth_mib = rss() - before
 
     async def fill(self) -> None:
         """By the handler itself, 500 at a time, as many keys and accounts as tickets."""
@@ -209,6 +211,7 @@ async def besieged(quick: bool) -> Found:
         async with busy.league:
             found = await busy.run()
     found.per_second, found.per_cpu_second = idle.found.per_second, idle.found.per_cpu_second
+    found.growth_mib = idle.found.growth_mib
     return found
 
 

@@ -6,6 +6,7 @@ undisturbed run.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from koinon.net.hub import Faults
 from koinon.nodes import custody, syncer
 from koinon.nodes.engine import SECOND_TOLERANCE, Engine
 from koinon.nodes.faults import Point
+from koinon.optim.update import State
 from koinon.run import events as ev
 from koinon.run.state import Phase
 from koinon.units import BitsPerSecond
@@ -187,6 +189,34 @@ def test_the_optimizer_state_of_a_member_that_leaves_goes_to_the_new_owners(
 
     league = run_league(spec_of(3), tmp_path, leave, make_compute=Paced)
     assert_whole(league, undisturbed)
+    assert not [event for event in league.events if isinstance(event, ev.MomentumLost)]
+
+
+def test_the_optimizer_state_of_a_member_that_is_silent_for_a_while_is_waited_for(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is alone meanwhile has the weights and not the state: it must not go on from zero."""
+
+    async def come_with_nothing(*_: object) -> dict[str, State]:
+        return {}
+
+    async def leave_the_newcomer_alone(league: Rehearsal) -> None:
+        await league.until(lambda state: state.step == 1)
+        await league.kill(0, 0)
+        for snapshot in league.directory.seat(0, 0).glob("*.safetensors"):
+            snapshot.unlink()
+        await league.start(0, 0)
+        newcomer, holder = (league.workers[0, seat].transport.me for seat in (0, 1))
+        everybody = [league.address.peer, *(one.transport.me for one in league.workers.values())]
+        await league.until(lambda state: any(seat.worker == newcomer for seat in state.ready(0)))
+        league.hub.partition([holder], [peer for peer in everybody if peer != holder])
+        await asyncio.sleep(15.0)
+        league.hub.heal()
+
+    monkeypatch.setattr(syncer.Syncer, "_lone_momentum", come_with_nothing)
+    league = run_league(spec_of(2), tmp_path, leave_the_newcomer_alone, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert league.state.tally.unreachable >= 1
     assert not [event for event in league.events if isinstance(event, ev.MomentumLost)]
 
 

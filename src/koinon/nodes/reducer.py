@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_FLOOR = Seconds(3.0)
 MOMENTUM_TRIES = 3
-"""How often members that should answer are asked for optimizer state: one lost packet must not set it to zero."""
+"""How often members that hardly have it are asked for optimizer state."""
 _Slot = tuple[int, int, type[m.Message], Member]
 
 
@@ -321,27 +321,35 @@ class Reducer:
         return prepared, self._engine.penalised_squares()
 
     async def _ensure_momentum(self, reduce: OpenReduce, names: tuple[str, ...]) -> list[str]:
-        """Fetch optimizer state that we are to use for the first time; returns what nobody has any more."""
-        missing = [n for n in names if n not in self._engine.momentum]
-        if not missing or reduce.step == 0:
+        """Fetch optimizer state that we are to use for the first time; returns what nobody has any more.
+
+        Whoever was ready with the weights of this step may hold it, however silent it is now: it is asked until it has
+        answered, or has left. The attempt may end over that; the next one goes on asking.
+        """
+        if reduce.step == 0:
             return []
-        for _ in range(MOMENTUM_TRIES):
-            silent = False
-            for seat in self._state().seats_of(self._stage):
-                if seat.member == self._member or not missing:
-                    continue
-                try:
-                    self._engine.momentum |= await self._syncer.momentum(
-                        PeerId(seat.worker), self._stage, reduce.step, missing
-                    )
-                except PeerError:
-                    silent = silent or seat.status is not SeatStatus.UNREACHABLE
-                missing = [n for n in missing if n not in self._engine.momentum]
-            if not missing or not silent:
-                break
-        if missing:
-            log.warning("nobody has the optimizer state of %s any more: it starts from zero", ", ".join(missing))
-        return missing
+        answered, rounds, pause = {self._member}, 0, 0.05
+        while missing := self._without_state(names):
+            seats = [seat for seat in self._state().seats_of(self._stage) if seat.member not in answered]
+            if rounds >= MOMENTUM_TRIES:
+                seats = [seat for seat in seats if seat.step == reduce.step]
+            if not seats:
+                log.warning("nobody has the optimizer state of %s any more: it starts from zero", ", ".join(missing))
+                return missing
+            for seat in sorted(seats, key=lambda seat: seat.status is not SeatStatus.READY):
+                if missing := self._without_state(names):
+                    with contextlib.suppress(PeerError):
+                        worker = PeerId(seat.worker)
+                        given = await self._syncer.momentum(worker, self._stage, reduce.step, missing)
+                        self._engine.momentum |= given
+                        answered.add(seat.member)
+            rounds += 1
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return []
+
+    def _without_state(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in self._engine.momentum]
 
     # --- plumbing
 

@@ -126,13 +126,18 @@ class Trainer:
         if seat is None:
             raise Refused("You have no seat in this run: ask for one.")
         for finished in message.finished:
-            self._note_finished(seat, finished)
-        granted = tuple(i for i, claim in enumerate(message.claims) if self._grants(seat, claim))
+            if finished.kind is not Kind.TRAIN or seat.voids == message.voids:
+                self._note_finished(seat, finished)
+        granted = tuple(i for i, claim in enumerate(message.claims) if self._grants(seat, claim, message.voids))
         if message.finished:
             self._wake.set()
         return m.Granted(granted)
 
-    def _grants(self, seat: Seat, claim: m.Claim) -> bool:
+    def _grants(self, seat: Seat, claim: m.Claim, voids: int) -> bool:
+        """A lease may overtake the log: whoever has yet to read that its gradient was thrown out would throw away what
+        it folds now, and say before that it is folded. When it has read that far it asks again."""
+        if seat.voids != voids:
+            return False
         flight = self._flights.get((int(Kind.TRAIN), claim.step, claim.microbatch))
         stage = self.state.stages[seat.stage]
         if flight is None or claim.step != stage.step or claim.microbatch in stage.dropped:

@@ -36,6 +36,9 @@
     │   ├── LogCorrupt
     │   ├── SnapshotCorrupt
     │   ├── NothingToResume
+    │   ├── TermStoreCorrupt
+    │   ├── TermRefused     somebody else holds the term, or the key may not
+    │   ├── Fenced          this coordinator's term is over
     │   └── DiskFull
     ├── NumericsError           NonFiniteLoss
     └── TransportUnusable       the network library on this machine cannot be used as it is
@@ -258,6 +261,26 @@ class SnapshotCorrupt(StateError):
 
 class NothingToResume(StateError):
     """No common step can be restored from what is on disk."""
+
+
+class TermStoreCorrupt(StateError):
+    """What lies in the term store is no list of terms."""
+
+
+class TermRefused(StateError):
+    """A term was not given."""
+
+
+class Fenced(StateError):
+    """This coordinator's term is over: another holds the next. Nothing that it writes counts any more."""
+
+    def __init__(self, mine: int, current: int, holder: str) -> None:
+        self.mine, self.current, self.holder = mine, current, holder
+        who = f"{holder[:10]} holds term {current}" if current > mine else f"term {mine} was revoked or never given"
+        super().__init__(
+            f"This coordinator's term {mine} is over: {who}. It has stopped writing; the run goes on without it. "
+            f"`koinon standby DIR --dir DIR` with its directory follows the run; what nobody else saw is set aside."
+        )
 
 
 class DiskFull(StateError):

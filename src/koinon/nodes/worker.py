@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, SeatStatus
+from koinon.run.terms import TermStore
 from koinon.units import PeerId, RunId, Seconds
 
 log = logging.getLogger(__name__)
@@ -66,12 +67,15 @@ class Worker:
         stage: int | None = None,
         secret: bytes | None = None,
         reach: Reach = nothing,
+        terms: TermStore | None = None,
     ) -> None:
-        """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given."""
+        """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given.
+        terms: where it learns who coordinates; without it, `coordinator` does for ever."""
         self._transport, self._key, self._compute, self._reach = transport, key, compute, reach
-        self._coordinator, self._account, self._wanted = coordinator, account, stage
+        self._account, self._wanted = account, stage
         self._addresses: tuple[str, ...] = ()
-        self._follower = RunFollower(transport, board, coordinator, run)
+        self._follower = RunFollower(transport, board, coordinator, run, terms=terms)
+        self._follower.went_astray = self._go_astray
         self._syncer = Syncer(transport, board, compute, directory, secret)
         self._engine: Engine | None = None
         self._bench: Workbench | None = None
@@ -79,6 +83,8 @@ class Worker:
         self._work = asyncio.Event()
         self._claims = asyncio.Event()
         self._finished: list[m.Finished] = []
+        self._asking: asyncio.Task[m.Message] | None = None
+        self._costs: dict[tuple[int, int], float] = {}  # (step, microbatch) that we folded, of the last steps
         self._ended = asyncio.Event()
         self._goodbye = False
         self._syncing = asyncio.Lock()
@@ -106,6 +112,7 @@ class Worker:
         """Join (reachable at `addresses`), work, leave. Raises KoinonError when it cannot begin."""
         self._addresses = addresses
         self._follower.listen(self._on_event)
+        self._spawn(self._follower.keep_seeking())
         welcome, spec, engine = await self._take_seat()
         self._engine = engine
         self._bench = Workbench(welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight)
@@ -117,7 +124,7 @@ class Worker:
             self._transport,
             self._compute,
             self._syncer,
-            self._coordinator,
+            self._follower,
             lambda: self.state,
             self._give_up,
             self._reach,
@@ -138,7 +145,7 @@ class Worker:
         if self._goodbye:
             with contextlib.suppress(PeerError):
                 message = m.Leave(welcome.member, "its process was told to end")
-                await self._transport.request(self._coordinator, m.CTL, message, deadline=FAREWELL)
+                await self._follower.ask(message, deadline=FAREWELL)
 
     def end(self) -> None:
         """Let `run` return; it says goodbye first, if it has a seat."""
@@ -150,9 +157,12 @@ class Worker:
         may have to be founded anew, or loaded from this very disk."""
         while True:
             welcome = await self._join()
+            host = self._follower.coordinator
             await self._follower.start(self._addresses)
-            while Member(welcome.member) not in self.state.seats:
+            while not self._has(welcome) and self._follower.coordinator == host:
                 await asyncio.sleep(0.01)
+            if not self._has(welcome):
+                continue  # whoever gave us the seat was replaced before anybody else had heard of it
             beats = asyncio.create_task(self._heartbeats(welcome.member))
             self._state = "syncing"
             spec = RunSpec.parse(welcome.spec)
@@ -173,10 +183,14 @@ class Worker:
             self._adopt(beats)
             return welcome, spec, engine
 
+    def _has(self, welcome: m.Welcome) -> bool:
+        seat = self.state.seats.get(Member(welcome.member))
+        return seat is not None and seat.worker == self._transport.me
+
     async def _join(self) -> m.Welcome:
         stage, have = self._syncer.inventory(self._wanted)
         message = m.Join(self._account, self._addresses, secrets.token_hex(8), stage, have)
-        welcome = await insist(self._transport, self._coordinator, m.JOIN, message)
+        welcome = await self._follower.insist(message, m.JOIN)
         assert isinstance(welcome, m.Welcome)
         return welcome
 
@@ -195,7 +209,7 @@ class Worker:
             root = await self._compute.run(lambda: self._syncer.root_of(self._engine))
             message = m.Ready(self._bench.member, self._engine.step, root)
             try:
-                await insist(self._transport, self._coordinator, m.CTL, message)
+                await self._follower.insist(message)
             except Refused as refusal:
                 log.info("not ready yet: %s", refusal)
                 await asyncio.sleep(0.1)
@@ -210,7 +224,7 @@ class Worker:
         while True:
             beat = m.Heartbeat(member, self._telemetry_now())
             try:
-                await self._transport.request(self._coordinator, m.CTL, beat)
+                await self._follower.ask(beat)
             except Refused as refusal:
                 log.warning("unseated: %s", refusal)
                 self._ended.set()
@@ -233,6 +247,8 @@ class Worker:
                 self._spawn(self._resync())
             case ev.SeatLeft(member=member) if member == self._bench.member:
                 self._ended.set()
+            case ev.TermBegan():
+                self._begin_term()
             case ev.StageStepped(stage=stage) if stage == self._bench.stage:
                 self._spawn(self._step_taken(event))
             case ev.RunCompleted() | ev.RunStopped() | ev.RunFailed() if not self._serves(state):
@@ -251,7 +267,33 @@ class Worker:
         """Everything folded at this step is lost. From this moment no job starts until the accumulators are empty."""
         assert self._bench
         self._bench.void(step)
+        self._forget_costs(lambda at: at == step)
         self._spawn(self._empty())
+
+    def _begin_term(self) -> None:
+        """Another trainer begins the open step anew. Nothing that was folded, claimed or finished before counts."""
+        assert self._bench
+        self._bench.begin_term()
+        self._forget_costs(lambda at: at >= self._bench.step)  # type: ignore[union-attr]
+        self._finished = [
+            m.Finished(Kind.TRAIN, step, microbatch, 0, cost)
+            for (step, microbatch), cost in self._costs.items()  # what the former trainer knew is gone with it
+        ]
+        if self._asking is not None:
+            self._asking.cancel()
+        self._spawn(self._empty())
+        if Member(self._bench.member) in self.state.seats:
+            self._spawn(self._resync())  # if nobody but the former coordinator knew that we were ready
+        else:
+            self._ended.set()
+
+    def _forget_costs(self, void: Callable[[int], bool]) -> None:
+        self._costs = {key: cost for key, cost in self._costs.items() if not void(key[0])}
+
+    def _go_astray(self) -> None:
+        """We heeded a coordinator longer than the rest did: whatever followed from that goes with this process."""
+        log.warning("unseated: this worker followed a history that has been replaced; it begins anew")
+        self._ended.set()
 
     async def _empty(self) -> None:
         assert self._engine and self._bench
@@ -270,6 +312,7 @@ class Worker:
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
         self._reach(Point.COMMITTED, event.step)
         self._bench.step = self._engine.step
+        self._forget_costs(lambda at: at < self._engine.step - 2)  # type: ignore[union-attr]
         self._syncer.prune(self.state.step)  # a resume goes back to a step that every stage has
         self._work.set()
         self._claims.set()
@@ -343,6 +386,8 @@ class Worker:
 
     def _check_lease(self, lease: m.Lease) -> None:
         assert self._bench
+        if lease.term != self.state.term:
+            raise Refused(f"The lease is of term {lease.term}, and this is term {self.state.term}.")
         if len(lease.route) != self._bench.stages:
             raise Refused("The lease's route does not have one member per stage.")
         if not verify(PeerId(self.state.trainer), LEASE_DOMAIN, lease.unsigned(), lease.signature):
@@ -439,6 +484,8 @@ class Worker:
         else:
             item.is_done = True
             self._telemetry.count(item)
+            if item.value is not None and self._bench.folds(item):
+                self._costs[item.lease.step, item.lease.microbatch] = item.value
             if self._bench.folds(item) or item.lease.kind is not Kind.TRAIN:
                 lease = item.lease
                 self._finished.append(m.Finished(lease.kind, lease.step, lease.microbatch, lease.revision, item.value))
@@ -534,8 +581,7 @@ class Worker:
                 item.claim = ClaimState.ASKED
             claims = tuple(m.Claim(i.lease.step, i.lease.microbatch, i.lease.revision) for i in asked)
             try:
-                message = m.Claims(claims, tuple(finished))
-                granted = await insist(self._transport, PeerId(self.state.trainer), m.CTL, message)
+                granted = await self._ask(m.Claims(claims, tuple(finished), self.state.term))
             except Refused as refusal:
                 log.info("claims refused: %s", refusal)
                 granted = m.Granted(())
@@ -545,6 +591,19 @@ class Worker:
                 if item.claim is ClaimState.ASKED:
                     item.claim = ClaimState.GRANTED if index in granted.granted else ClaimState.REFUSED
             self._work.set()
+
+    async def _ask(self, message: m.Claims) -> m.Message:
+        """Insist, while the trainer that leased these items holds its office. Raises Refused."""
+        self._asking = asked = asyncio.create_task(
+            insist(self._transport, PeerId(self.state.trainer), m.CTL, message)
+        )  # fmt: skip
+        try:
+            await asyncio.wait([asked])
+            if asked.cancelled():
+                raise Refused(f"Term {self.state.term} began: claims of the term before are void.")
+            return asked.result()
+        finally:
+            asked.cancel()
 
     # --- plumbing
 
@@ -556,7 +615,7 @@ class Worker:
 
     async def _tell_broken(self, member: int, stage: int, error: KoinonError) -> None:
         message = m.Broken(member, f"Stage {stage}: {error}")
-        await insist(self._transport, self._coordinator, m.CTL, message)
+        await self._follower.insist(message)
 
     def _telemetry_now(self) -> m.Telemetry:
         queued = sum(1 for _ in self._bench.jobs()) if self._bench else 0

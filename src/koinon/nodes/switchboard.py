@@ -34,6 +34,9 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
         m.Records,
         m.Follow,
         m.Norms,
+        m.Probe,
+        m.TailWanted,
+        m.Shown,
     ),
     m.JOIN: (m.Join,),
     m.WORK: (m.Offer, m.Forward, m.Backward, m.Slice, m.Updated),
@@ -41,7 +44,7 @@ REQUESTS: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
 REPLIES: Final[Mapping[str, tuple[type[m.Message], ...]]] = {
-    m.CTL: (m.Granted, m.Ack),
+    m.CTL: (m.Granted, m.Ack, m.Tail, m.Seen),
     m.JOIN: (m.Welcome,),
     m.WORK: (),
     m.BULK: (m.Tensors,),

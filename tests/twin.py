@@ -12,6 +12,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,11 +27,15 @@ from koinon.nodes.faults import Point, Reach
 from koinon.nodes.inventory import _check
 from koinon.nodes.process import STATE_LIMIT
 from koinon.nodes.rundir import RunDir
+from koinon.nodes.standby import Standby
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.worker import Worker
 from koinon.run import events as ev
 from koinon.run.spec import RunSpec
-from koinon.run.state import RunState, SeatStatus
+from koinon.run.state import Phase, RunState, SeatStatus
+from koinon.run.termfile import FileTermStore
+from koinon.run.terms import TermStore
+from koinon.units import PeerId, RunId
 
 
 @functools.cache
@@ -51,6 +56,18 @@ class TwinWorker:
 
 
 @dataclass
+class TwinStandby:
+    standby: Standby
+    transport: MemoryTransport
+    task: asyncio.Task[None]
+
+
+def clocked_store(path: Path, run: str) -> TermStore:
+    """In a file, by the loop's clock."""
+    return FileTermStore(path, RunId(run), clock=asyncio.get_running_loop().time)
+
+
+@dataclass
 class TwinLeague:
     """`async with TwinLeague(spec, path) as league: await league.trained()`."""
 
@@ -66,10 +83,20 @@ class TwinLeague:
     events: list[ev.Event] = field(default_factory=list)
     deaths: list[asyncio.Future[None]] = field(default_factory=list)
     workers: dict[tuple[int, int], TwinWorker] = field(default_factory=dict)
+    standbys: int = 0
+    make_store: Callable[[Path, str], TermStore] = clocked_store
+    succeeded: list[float] = field(default_factory=list)
+    """When a standby took over."""
+    heirs: dict[int, TwinStandby] = field(default_factory=dict)
+    """By number; those that have taken over are in `control` instead, or were."""
 
     @property
     def state(self) -> RunState:
         return self.control.coordinator.state
+
+    def store(self) -> TermStore | None:
+        """A new handle on the term store, as each process has its own."""
+        return self.make_store(self.path / "terms", self.spec.run_id) if self.standbys else None
 
     async def __aenter__(self) -> TwinLeague:
         self.hub = Hub(self.seed, self.faults)
@@ -77,18 +104,23 @@ class TwinLeague:
         if not self.resume:
             shutil.copytree(_prepared(self.spec.data), self.directory.data)
         run = reopen(self.directory) if self.resume else create(self.spec, self.directory, lambda *_: None)
-        self.control = Control(run, MemoryTransport(self.hub, run.key), board := Switchboard(STATE_LIMIT))
-        del board
+        self.control = Control(
+            run, MemoryTransport(self.hub, run.key), Switchboard(STATE_LIMIT), terms=self.store()
+        )  # fmt: skip
         self.control.follower.listen(lambda event, _state: self.events.append(event))
         if self.resume:
             self.control.resume(resume_point(run.state, self.snapshots(run.state)))
         self.address = await self.control.start()
+        for number in range(self.standbys):
+            await self.stand_by(number)
         for seat in range(self.spec.league.replicas):
             for stage in range(self.spec.model.stages):
                 await self.start(stage, seat)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for number in list(self.heirs):
+            await self.kill_standby(number)
         await self.control.drain("the test is over")
         for stage, seat in list(self.workers):
             await self.kill(stage, seat, tell=False)
@@ -122,6 +154,7 @@ class TwinLeague:
             stage=stage,
             secret=stage_secret(self.spec, stage),
             reach=self._reach(stage, seat, self.plan.pop((stage, seat), set())),
+            terms=self.store(),
         )
         mine = await transport.start(board.services())
         transport.learn(NodeAddr(self.address.peer, self.address.addresses))
@@ -154,6 +187,64 @@ class TwinLeague:
         if tell:
             self.control.coordinator.vanished(victim.transport.me, "killed")
 
+    # --- standbys
+
+    async def stand_by(self, number: int, folder: Path | None = None, coordinator: PeerId | None = None) -> None:
+        """Start a standby, in a directory of its own or in one that is there."""
+        directory = RunDir(folder or self.path / f"standby-{number}")
+        key = NodeKey.load_or_create(directory.key)
+        transport, board = MemoryTransport(self.hub, key), Switchboard(STATE_LIMIT)
+        mine = await transport.start(board.services())
+        transport.learn(NodeAddr(self.address.peer, self.address.addresses))
+        standby = Standby(
+            transport,
+            board,
+            key,
+            coordinator=coordinator or self.address.peer,
+            run=self.spec.run_id,
+            directory=directory,
+            terms=self.store(),
+            data=self.directory.data,
+        )
+        standby.follower.listen(lambda _event, _state: None)
+        task = asyncio.create_task(self._stand_by(number, standby, mine.addresses))
+        self.heirs[number] = TwinStandby(standby, transport, task)
+
+    async def _stand_by(self, number: int, standby: Standby, addresses: tuple[str, ...]) -> None:
+        control = await standby.run(addresses)
+        if control is None:
+            return
+        self.heirs.pop(number)
+        self.control = control
+        self.address = NodeAddr(standby._transport.me, addresses)
+        self.events.clear()
+        self.events.extend(control.run_.log.events())
+        control.follower.listen(self._note)
+        self.succeeded.append(asyncio.get_running_loop().time())
+
+    def _note(self, event: ev.Event, state: RunState) -> None:
+        self.events.append(event)
+
+    async def kill_coordinator(self) -> Control:
+        """SIGKILL of the control process. Its log stays on the disk."""
+        gone = self.control
+        gone.transport.kill()
+        for task in gone._tasks:
+            task.cancel()
+        for task in list(gone.trainer._tasks):
+            task.cancel()
+        gone.coordinator._publisher.close()
+        await asyncio.gather(*gone._tasks, return_exceptions=True)
+        gone.run_.log.close()
+        return gone
+
+    async def kill_standby(self, number: int) -> None:
+        victim = self.heirs.pop(number)
+        victim.transport.kill()
+        victim.task.cancel()
+        await asyncio.gather(victim.task, return_exceptions=True)
+        victim.standby.close()
+
     async def until(self, holds) -> None:
         while not holds(self.state):
             for one in self.workers.values():
@@ -167,6 +258,12 @@ class TwinLeague:
         await self.until(lambda s: all(len(s.seats_of(st.index, SeatStatus.READY)) >= wanted for st in s.stages))
 
     async def trained(self) -> RunState:
+        """Until the run has ended, whoever coordinates it then."""
+        while self.standbys and self.state.phase is Phase.TRAINING:
+            for heir in self.heirs.values():
+                if heir.task.done():
+                    heir.task.result()
+            await asyncio.sleep(0.05)
         await self.control.ended()
         return self.state
 

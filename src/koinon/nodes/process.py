@@ -36,6 +36,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bind: str = "127.0.0.1:0"
     faults: tuple[tuple[str, int], ...] = ()
     """Points and steps at which it kills itself; see `koinon.nodes.faults`."""
+    terms: str | None = None
+    """Path of the term store, where the run has one: who coordinates, if the one named here does no more."""
     threads: int = 1
 
 
@@ -69,6 +71,7 @@ async def _work(options: WorkerOptions) -> None:
     from koinon.nodes.faults import killed_at
     from koinon.nodes.switchboard import Switchboard
     from koinon.nodes.worker import Worker
+    from koinon.run.termfile import FileTermStore
 
     torch.set_num_threads(options.threads)
     directory = Path(options.directory)
@@ -87,6 +90,7 @@ async def _work(options: WorkerOptions) -> None:
         stage=options.stage,
         secret=bytes.fromhex(options.secret) if options.secret else None,
         reach=killed_at(options.faults),
+        terms=FileTermStore(Path(options.terms), RunId(options.run)) if options.terms else None,
     )
     address = await transport.start(board.services())
     transport.learn(NodeAddr(PeerId(options.coordinator), options.coordinator_addresses))

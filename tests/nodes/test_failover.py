@@ -6,11 +6,14 @@ Real nodes, real files and a real term store over the in-memory twin, in virtual
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
 
 from koinon.errors import Fenced, Refused, StateError
+from koinon.net.clock import run_virtual
+from koinon.net.identity import NodeKey
 from koinon.net.memory import MemoryTransport
 from koinon.net.transport import NodeAddr
 from koinon.nodes import messages as m
@@ -262,3 +265,22 @@ def test_a_term_store_that_is_slow_replaces_nobody_and_delays_no_longer_than_it_
     league = run_league(spec_of(1), tmp_path, kill, make_compute=Paced, standbys=1, make_store=slow)
     assert_whole(league, undisturbed)
     assert terms(league) == [2]
+
+
+def test_a_run_whose_successor_is_gone_too_is_resumed_from_the_newest_log_under_another_key(
+    tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    async def go() -> None:
+        league = await Rehearsal(spec_of(1), tmp_path, make_compute=Paced, standbys=1).__aenter__()
+        await step_and(league, 1, 0.3)
+        await league.kill_coordinator()
+        await succession(league)
+        await league.until(lambda state: state.step == 2)
+        await league.vanish()
+
+    run_virtual(go())
+    shutil.copy(tmp_path / "standby-0/run.log", tmp_path / "run.log")
+    league = run_league(spec_of(1), tmp_path, make_compute=Paced, standbys=1, resume=True)
+    assert_whole(league, undisturbed)
+    assert terms(league) == [2, 3] and league.state.tally.resumes == 1
+    assert league.state.holder_of(3) == NodeKey.load_or_create(tmp_path / "control/key").peer_id

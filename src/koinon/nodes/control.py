@@ -34,7 +34,7 @@ from koinon.run.log import RunLog
 from koinon.run.record import Issuer
 from koinon.run.spec import RunSpec
 from koinon.run.state import Phase, RunState, fold
-from koinon.run.terms import TermStore, unpacked
+from koinon.run.terms import TermStore, is_expired, unpacked
 from koinon.units import PeerId, RunId, Seconds
 
 Progress = Callable[[str, int, int], None]
@@ -43,6 +43,7 @@ Snapshots = Mapping[int, Mapping[int, str]]
 
 
 DRAIN = Seconds(5.0)
+LEASE_TICK = Seconds(0.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,12 +213,19 @@ class Control:
         """Take the term that this log is written in, or the next if the store has seen it. Raises Fenced, TermRefused.
 
         The log must hold all that the store knows of: a coordinator whose successor has begun cannot go on from here.
+        The lease of a holder that is gone is waited for, and no longer than it takes to see that it is gone.
         """
         assert self.tenure is not None
-        log, book = self.run_.log, await self.tenure.store.book()
-        current = book.current
-        if current is not None and (current.number > log.term or current.holder != self.run_.key.peer_id):
-            raise Fenced(log.term, current.number, current.holder)
+        log, state, store = self.run_.log, self.coordinator.state, self.tenure.store
+        current = first = (await store.book()).current
+        while current is not None and first is not None:
+            known = state.coordinator == self.run_.key.peer_id and state.holder_of(current.number) == current.holder
+            if not known or current.not_after > first.not_after:
+                raise Fenced(log.term, current.number, current.holder)
+            if current.holder == self.run_.key.peer_id or is_expired(current, store.now(), store.grace):
+                break
+            await asyncio.sleep(LEASE_TICK.value)
+            current = (await store.book()).current
         after = 0 if current is None else current.number
         number = log.term if after < log.term else after + 1
         await self.tenure.take(number, after=after, head=log.head, addresses=addresses)

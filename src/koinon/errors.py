@@ -19,6 +19,7 @@
     │   └── PortInUse
     ├── PeerError               another node did or did not do something
     │   ├── PeerUnreachable
+    │   ├── NobodyAnswers
     │   ├── DeadlinePassed
     │   ├── ProtocolMismatch
     │   ├── Refused             the peer said no, and why
@@ -158,6 +159,17 @@ class PeerUnreachable(PeerError):
         self.peer, self.tried = peer, tried
         hops = "; ".join(f"{address}: {answer}" for address, answer in tried.items()) or "no address is known"
         super().__init__(f"Cannot reach {peer[:10]} ({hops}). Check that it runs and that UDP to that address is open.")
+
+
+class NobodyAnswers(PeerError):
+    """Not one of the seats answers."""
+
+    def __init__(self, asked: int) -> None:
+        self.asked = asked
+        super().__init__(
+            f"None of {asked} seats answers this node. It lets the term go, for a standby that reaches them. Check its "
+            f"network; it tries again."
+        )
 
 
 class DeadlinePassed(PeerError):

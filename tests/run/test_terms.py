@@ -27,6 +27,7 @@ from koinon.run.terms import (
     Book,
     Term,
     has_enough,
+    is_alone,
     is_expired,
     lease_length,
     may_take,
@@ -302,8 +303,10 @@ def test_a_successor_waits_for_all_then_for_two_thirds_and_never_for_ever(
         assert enough
     elif waited <= 1.0:
         assert not enough
-    if waited > 500.0:
+    if waited > 500.0 and took:
         assert enough
+    if missing and not took:
+        assert not enough and is_alone(0, asked, Seconds(waited)) == (waited > LEASE_FLOOR.value)
     if enough and missing and 3 * len(took) < 2 * asked:
         assert waited > 3.0
 

@@ -7,6 +7,7 @@ Knows nothing of workers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
@@ -35,6 +36,7 @@ class Controls:
         self.store = FileTermStore(directories[0].path / "terms", run)
         self._run, self._directories, self._trains, self._bind = run, directories, trains, bind
         self._processes: dict[PeerId, asyncio.subprocess.Process] = {}
+        self._begun: list[asyncio.subprocess.Process] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -68,10 +70,10 @@ class Controls:
     async def close(self) -> None:
         """End them in order. Returns when they are gone."""
         self._closing = True
-        for process in self._processes.values():
+        for process in self._begun:
             if process.stdin is not None:
                 process.stdin.close()
-        for process in self._processes.values():
+        for process in self._begun:
             try:
                 async with asyncio.timeout(CLOSING.value):
                     await process.wait()
@@ -103,7 +105,10 @@ class Controls:
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
-        assert process.stdout is not None
+        self._begun = [one for one in self._begun if one.returncode is None] + [process]
+        assert process.stdout is not None and process.stdin is not None
+        if self._closing:
+            process.stdin.close()
         line = await process.stdout.readline()
         if not line:
             await process.wait()
@@ -125,4 +130,5 @@ class Controls:
         while (term := self.current()).holder == me and not self._closing:
             await asyncio.sleep(RESTART_PAUSE.value)  # nobody has succeeded it yet
         if not self._closing:
-            await self._spawn(directory, NodeAddr(PeerId(term.holder), term.addresses))
+            with contextlib.suppress(StateError):  # its log says why; the others go on
+                await self._spawn(directory, NodeAddr(PeerId(term.holder), term.addresses))

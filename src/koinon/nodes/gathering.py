@@ -11,12 +11,12 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from koinon.errors import FrameMalformed, PeerError, Refused
+from koinon.errors import FrameMalformed, NobodyAnswers, PeerError, Refused
 from koinon.net.transport import Transport
 from koinon.nodes import messages as m
 from koinon.nodes.clock import loop_time
 from koinon.run.record import Record, decode_record
-from koinon.run.terms import has_enough
+from koinon.run.terms import has_enough, is_alone
 from koinon.units import PeerId, Seconds
 
 TAIL_LIMIT = 4096
@@ -41,7 +41,7 @@ async def gather(
     first: int,
     clock: Callable[[], float] = loop_time,
 ) -> dict[PeerId, Answer]:
-    """The tails from record `first` on, of the seats that answer; ends as `has_enough` says."""
+    """The tails from record `first` on, of the seats that answer; ends as `has_enough` says. Raises NobodyAnswers."""
     answers: dict[PeerId, Answer] = {}
     took: list[float] = []
     began = clock()
@@ -53,7 +53,9 @@ async def gather(
 
     asked = [asyncio.create_task(ask(peer)) for peer in seats]
     try:
-        while not has_enough(took, len(asked), Seconds(clock() - began)):
+        while not has_enough(took, len(asked), waited := Seconds(clock() - began)):
+            if is_alone(len(took), len(asked), waited):
+                raise NobodyAnswers(len(asked))
             await asyncio.sleep(_PAUSE / 5)
     finally:
         for task in asked:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from koinon.data import Dataset, prepare
-from koinon.errors import Fenced, NotARun, PeerError, StateError, TermRefused
+from koinon.errors import Fenced, NobodyAnswers, NotARun, PeerError, StateError, TermRefused
 from koinon.net.identity import NodeKey
 from koinon.net.transport import Answer, Transport
 from koinon.nodes import messages as m
@@ -213,8 +213,8 @@ class Standby:
             await self.follower.look()
             positions = await self._adopt_newest(tenure.number)
             await tenure.begin(self.log.head)
-        except Fenced as fenced:
-            log.warning("%s", fenced)
+        except (Fenced, NobodyAnswers) as trouble:
+            log.warning("%s", trouble)
             return None
         finally:
             keeping.cancel()

@@ -215,9 +215,15 @@ def has_enough(took: Sequence[float], asked: int, waited: Seconds) -> bool:
     """Whether a successor may go on with the tails it has. took: seconds that each answer needed, of `asked` seats.
 
     All of them: at once. Two thirds: when the others are late by what the answers show. Fewer: only after three times
-    that, for a league that lost most of its machines must not stand still for ever.
+    that, for a league that lost most of its machines must not stand still for ever. None: never, for whoever reaches
+    nobody would go on from its own copy alone; `is_alone` says when it gives the term up.
     """
-    if len(took) >= asked:
-        return True
+    if len(took) >= asked or not took:
+        return len(took) >= asked
     allowed = deadline(History(tuple(took)), floor=ANSWER_FLOOR).value
     return waited.value > (allowed if 3 * len(took) >= 2 * asked else _PATIENCE * allowed)
+
+
+def is_alone(answers: int, asked: int, waited: Seconds) -> bool:
+    """Whether a successor has waited in vain for a first seat: another standby may reach them, so its lease lapses."""
+    return answers == 0 < asked and waited > LEASE_FLOOR

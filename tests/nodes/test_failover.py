@@ -284,3 +284,21 @@ def test_a_run_whose_successor_is_gone_too_is_resumed_from_the_newest_log_under_
     assert_whole(league, undisturbed)
     assert terms(league) == [2, 3] and league.state.tally.resumes == 1
     assert league.state.holder_of(3) == NodeKey.load_or_create(tmp_path / "control/key").peer_id
+
+
+def test_a_standby_that_reaches_nobody_does_not_go_on_from_its_own_copy_alone(
+    tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    async def cut_off(league: Rehearsal) -> None:
+        await step_and(league, 1, 0.3)
+        heir = league.heirs[0].transport.me
+        league.hub.partition([heir], [one.transport.me for one in league.workers.values()])
+        await asyncio.sleep(0.5)
+        await league.kill_coordinator()
+        await asyncio.sleep(15.0)
+        assert not league.succeeded and not (await league.store().book()).current.begun
+        league.hub.heal()
+        await succession(league)
+
+    league = run_league(spec_of(1), tmp_path, cut_off, make_compute=Paced, standbys=1)
+    assert_whole(league, undisturbed)

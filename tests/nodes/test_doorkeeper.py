@@ -20,13 +20,14 @@ from koinon.net.passes import GRACE, Pass
 from koinon.net.transport import Hello
 from koinon.nodes import messages as m
 from koinon.nodes.doorkeeper import Doorkeeper
+from koinon.nodes.follower import RunFollower
 from koinon.nodes.pass_keeper import PassKeeper
 from koinon.nodes.pass_office import LIFETIME, PassOffice
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
 from koinon.run.events import Event, Member
 from koinon.run.state import RunState, apply, fold
-from koinon.units import Bytes, PeerId, RunId
+from koinon.units import Bytes, RunId
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
 START = 1_900_000_000.0
@@ -220,7 +221,7 @@ def test_a_pass_is_renewed_at_half_of_its_life_until_the_seat_is_lost() -> None:
         await member.start(Switchboard(Bytes.mib(1)).services())
         member.learn(where)
         house.happens(seated(0, "b"), known=False)
-        keeper = PassKeeper(member, PeerId(where.peer), RUN, now=house.now)
+        keeper = PassKeeper(member, RunFollower(member, Switchboard(Bytes.mib(1)), where.peer, RUN), RUN, now=house.now)
         keeper.hold(house.office.issued(house.told.seats[Member(0)]))
         keeping = asyncio.create_task(keeper.keep(0))
         for _ in range(6):

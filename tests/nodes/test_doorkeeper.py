@@ -254,7 +254,7 @@ def test_workers_are_closed_to_strangers_and_to_the_revoked_and_open_to_each_oth
             for alpn, message in (
                 (m.CTL, m.Heartbeat(0, m.Telemetry())),
                 (m.WORK, m.Backward(0, 0, 0, 0)),
-                (m.BULK, m.StateWanted(0)),
+                (m.BULK, m.ContentWanted(0)),
             ):
                 stranger.introduce(Hello())
                 with pytest.raises(Refused, match="join the run first"):
@@ -269,7 +269,7 @@ def test_workers_are_closed_to_strangers_and_to_the_revoked_and_open_to_each_oth
         await asyncio.sleep(0.5)
         assert not any(peer == culprit.me for peer, _ in victim._connections)
         with pytest.raises(PeerError, match="computed wrongly"):
-            await culprit.request(victim.me, m.BULK, m.StateWanted(0))
+            await culprit.request(victim.me, m.BULK, m.ContentWanted(0))
         with pytest.raises(Refused, match="computed wrongly"):
             await culprit.request(league.control.transport.me, m.JOIN, m.Join("a", (), "w"))
         await stranger.close()

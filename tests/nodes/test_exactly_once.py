@@ -63,7 +63,7 @@ def test_a_member_that_is_excluded_in_the_middle_of_a_step_can_claim_nothing_mor
         flight = claimed(league, 0)[0]
         member = flight.route[0]
         asker = next(one for one in league.workers.values() if one.worker._bench.member == member)
-        claims = m.Claims((m.Claim(flight.step, flight.microbatch, flight.revision),), ())
+        claims = m.Claims((m.Claim(flight.step, flight.microbatch, flight.revision),), (), league.state.term)
         for _ in range(2):  # a late twin of a claim changes nothing
             answers.append((await asker.transport.request(league.address.peer, m.CTL, claims)).header.granted)
         league.control.coordinator.write(ev.Excluded(member, 2, "for the test"))
@@ -175,7 +175,7 @@ class FlightMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_lease_names_only_who_may_fold(self) -> None:
-        lease = self.flight.lease(1)
+        lease = self.flight.lease(1, 1)
         assert [lease.folds_at(s) for s in (0, 1)] == [not done for done in self.flight.committed]
 
 

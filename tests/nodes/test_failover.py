@@ -227,10 +227,17 @@ def test_records_and_claims_of_a_term_that_is_over_are_refused_by_everyone(
         transport = MemoryTransport(league.hub, old.run_.key)
         await transport.start(Switchboard(STATE_LIMIT).services())
         record = seal(old.run_.log.head, 1, ev.encode(ev.RunFailed("no")), run=league.spec.run_id, key=old.run_.key)
+        pushed = m.Records(record.seq, (record.encode(),))
         for one in league.workers.values():
             transport.learn(NodeAddr(one.transport.me, (one.transport._address,)))
+            with pytest.raises(Refused, match="Only members"):
+                await transport.request(one.transport.me, m.CTL, pushed)
+        store = league.store()
+        assert store is not None
+        await store.enrol(transport.me)  # as it does when it is started again, to stand by
+        for one in league.workers.values():
             with pytest.raises(Refused) as caught:
-                await transport.request(one.transport.me, m.CTL, m.Records(record.seq, (record.encode(),)))
+                await transport.request(one.transport.me, m.CTL, pushed)
             refused.append(str(caught.value))
         one = league.workers[0, 0]
         with pytest.raises(Refused, match="claims are of term 1"):

@@ -27,6 +27,7 @@ from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
 from koinon.run.events import Event, Member
 from koinon.run.state import RunState, apply, fold
+from koinon.run.terms import Book, Term, enrolled
 from koinon.units import Bytes, RunId
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
@@ -90,6 +91,40 @@ def test_a_stranger_gets_to_admission_and_nowhere_else(alpn: str) -> None:
         with pytest.raises(Refused, match="join the run first"):
             house.knock("stranger", None, alpn)
         house.knock("control", None, alpn)
+
+    in_house(act)
+
+
+def test_the_holder_of_a_new_term_is_let_in_before_the_log_knows_it_and_its_passes_count() -> None:
+    def act(house: House) -> None:
+        terms = tuple(
+            Term(number=number, holder=key(name).peer_id, not_after=0.0)
+            for number, name in enumerate(("control", "heir"), 1)
+        )
+        house.door.watch(lambda: house.known, lambda *_: None, lambda: Book(RUN, terms))
+        for alpn in m.CTL, m.WORK, m.BULK:
+            house.knock("heir", None, alpn)
+        house.happens(ev.TermBegan(2, key("heir").peer_id, key("heir").peer_id, "gone"), known=False)
+        house.happens(seated(0, "b"), known=False)
+        with pytest.raises(Refused, match="not signed"):
+            house.knock("b", house.pass_of("b"))  # the former coordinator's key, for a term that is not its own
+        house.office = PassOffice(key("heir"), lambda: house.told, Switchboard(Bytes.mib(1)), now=house.now)
+        house.knock("b", house.pass_of("b"))
+        house.known = house.told
+        with pytest.raises(Refused, match="join the run first"):
+            house.knock("control", None)
+
+    in_house(act)
+
+
+def test_those_who_stand_by_or_look_on_read_the_log_and_get_nowhere_else() -> None:
+    def act(house: House) -> None:
+        book = enrolled(Book(RUN), key("heir").peer_id)
+        house.door.watch(lambda: house.known, lambda *_: None, lambda: book)
+        house.knock("heir", None, m.CTL)
+        for alpn in m.WORK, m.BULK:
+            with pytest.raises(Refused, match="join the run first"):
+                house.knock("heir", None, alpn)
 
     in_house(act)
 

@@ -119,6 +119,15 @@ def store_at(path: Path, now: float = 0.0) -> FileTermStore:
     return FileTermStore(path / "terms", RUN, clock=lambda: now)
 
 
+def test_a_guest_is_noted_once_and_before_there_is_a_term(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    for key in (*KEYS, KEYS[0]):
+        asyncio.run(store.enrol(key.peer_id))
+    assert store_at(tmp_path).read() == Book(RUN, guests=tuple(key.peer_id for key in KEYS))
+    asyncio.run(store.take(term_of(1, KEYS[0].peer_id), after=0, lease=LEASE))
+    assert len(store.read().guests) == len(KEYS)
+
+
 def _take_all(path: str, who: int, count: int) -> None:
     """In a process of its own: take as many terms as one can get, in a race with others."""
     store = FileTermStore(Path(path), RUN)

@@ -162,9 +162,11 @@ class Coordinator:
 
     def _concerns(self, event: ev.Event, peer: PeerId) -> bool:
         """Whether a follower has to act on the event at once."""
+        if peer in self._guests:
+            return True
         if isinstance(event, ev.Queued | ev.Dequeued):
             return False
-        if peer == self.state.trainer or peer in self._guests:
+        if peer == self.state.trainer:
             return True
         match event:
             case ev.ReduceOpened() | ev.ReduceAborted() | ev.StageStepped() | ev.Disputed():

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +28,15 @@ from koinon.nodes.faults import Point, Reach
 from koinon.nodes.inventory import _check
 from koinon.nodes.process import STATE_LIMIT
 from koinon.nodes.rundir import RunDir
+from koinon.nodes.standby import Standby
 from koinon.nodes.switchboard import Switchboard
 from koinon.nodes.worker import Worker
 from koinon.run import events as ev
 from koinon.run.spec import RunSpec
-from koinon.run.state import RunState, SeatStatus
-from koinon.units import RunId
+from koinon.run.state import Phase, RunState, SeatStatus
+from koinon.run.termfile import FileTermStore
+from koinon.run.terms import Book
+from koinon.units import PeerId, RunId
 
 
 @functools.cache
@@ -53,6 +57,18 @@ class TwinWorker:
 
 
 @dataclass
+class TwinStandby:
+    standby: Standby
+    transport: MemoryTransport
+    task: asyncio.Task[None]
+
+
+def clocked_store(path: Path, run: str) -> FileTermStore:
+    """In a file, by the loop's clock."""
+    return FileTermStore(path, RunId(run), clock=asyncio.get_running_loop().time)
+
+
+@dataclass
 class TwinLeague:
     """`async with TwinLeague(spec, path) as league: await league.trained()`."""
 
@@ -68,10 +84,25 @@ class TwinLeague:
     events: list[ev.Event] = field(default_factory=list)
     deaths: list[asyncio.Future[None]] = field(default_factory=list)
     workers: dict[tuple[int, int], TwinWorker] = field(default_factory=dict)
+    standbys: int = 0
+    make_store: Callable[[Path, str], FileTermStore] = clocked_store
+    succeeded: list[float] = field(default_factory=list)
+    """When a standby took over."""
+    heirs: dict[int, TwinStandby] = field(default_factory=dict)
+    """By number; those that have taken over are in `control` instead, or were."""
 
     @property
     def state(self) -> RunState:
         return self.control.coordinator.state
+
+    def store(self) -> FileTermStore | None:
+        """A new handle on the term store, as each process has its own."""
+        return self.make_store(self.path / "terms", self.spec.run_id) if self.standbys else None
+
+    def book(self) -> Book:
+        """What the term store says now; nothing where there is none."""
+        store = self.store()
+        return Book(RunId(self.spec.run_id)) if store is None else store.read()
 
     async def __aenter__(self) -> TwinLeague:
         self.hub = Hub(self.seed, self.faults)
@@ -79,21 +110,24 @@ class TwinLeague:
         if not self.resume:
             shutil.copytree(_prepared(self.spec.data), self.directory.data)
         run = reopen(self.directory) if self.resume else create(self.spec, self.directory, lambda *_: None)
-        door = Doorkeeper(run.key.peer_id, RunId(run.spec.run_id))
-        transport = MemoryTransport(self.hub, run.key, gate=door.admit)
-        self.control = Control(run, transport, board := Switchboard(STATE_LIMIT))
-        door.watch(lambda: self.state, transport.hang_up)
-        del board
+        self.door = Doorkeeper(run.key.peer_id, RunId(run.spec.run_id))
+        transport = MemoryTransport(self.hub, run.key, gate=self.door.admit)
+        self.control = control = Control(run, transport, Switchboard(STATE_LIMIT), terms=self.store())
+        self.door.watch(lambda: control.coordinator.state, transport.hang_up, self.book)
         self.control.follower.listen(lambda event, _state: self.events.append(event))
         if self.resume:
             self.control.resume(resume_point(run.state, self.snapshots(run.state)))
         self.address = await self.control.start()
+        for number in range(self.standbys):
+            await self.stand_by(number)
         for seat in range(self.spec.league.replicas):
             for stage in range(self.spec.model.stages):
                 await self.start(stage, seat)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for number in list(self.heirs):
+            await self.kill_standby(number)
         await self.control.drain("the test is over")
         for stage, seat in list(self.workers):
             await self.kill(stage, seat, tell=False)
@@ -113,7 +147,7 @@ class TwinLeague:
         folder = self.directory.seat(stage, seat)
         folder.mkdir(parents=True, exist_ok=True)
         key = NodeKey.load_or_create(folder / "key")
-        door = Doorkeeper(self.address.peer, RunId(self.control.run_.spec.run_id))
+        door, terms = Doorkeeper(self.address.peer, RunId(self.control.run_.spec.run_id)), self.store()
         transport = MemoryTransport(self.hub, key, gate=door.admit)
         board, compute = Switchboard(STATE_LIMIT), self.make_compute()
         worker = Worker(
@@ -128,8 +162,9 @@ class TwinLeague:
             stage=stage,
             secret=stage_secret(self.spec, stage),
             reach=self._reach(stage, seat, self.plan.pop((stage, seat), set())),
+            terms=terms,
         )
-        door.watch(lambda: worker.state, transport.hang_up)
+        door.watch(lambda: worker.state, transport.hang_up, self.book)
         mine = await transport.start(board.services())
         transport.learn(NodeAddr(self.address.peer, self.address.addresses))
         task = asyncio.create_task(worker.run(mine.addresses))
@@ -166,6 +201,66 @@ class TwinLeague:
         if tell:
             self.control.coordinator.vanished(victim.transport.me, "killed")
 
+    # --- standbys
+
+    async def stand_by(self, number: int, folder: Path | None = None, coordinator: PeerId | None = None) -> None:
+        """Start a standby, in a directory of its own or in one that is there."""
+        directory = RunDir(folder or self.path / f"standby-{number}")
+        key = NodeKey.load_or_create(directory.key)
+        door = Doorkeeper(coordinator or self.address.peer, RunId(self.spec.run_id))
+        transport, board = MemoryTransport(self.hub, key, gate=door.admit), Switchboard(STATE_LIMIT)
+        mine = await transport.start(board.services())
+        transport.learn(NodeAddr(self.address.peer, self.address.addresses))
+        standby = Standby(
+            transport,
+            board,
+            key,
+            coordinator=coordinator or self.address.peer,
+            run=self.spec.run_id,
+            directory=directory,
+            terms=self.store(),
+            data=self.directory.data,
+        )
+        door.watch(lambda: standby.state, transport.hang_up, self.book)
+        standby.follower.listen(lambda _event, _state: None)
+        task = asyncio.create_task(self._stand_by(number, standby, mine.addresses))
+        self.heirs[number] = TwinStandby(standby, transport, task)
+
+    async def _stand_by(self, number: int, standby: Standby, addresses: tuple[str, ...]) -> None:
+        control = await standby.run(addresses)
+        if control is None:
+            return
+        self.heirs.pop(number)
+        self.control = control
+        self.address = NodeAddr(standby._transport.me, addresses)
+        self.events.clear()
+        self.events.extend(control.run_.log.events())
+        control.follower.listen(self._note)
+        self.succeeded.append(asyncio.get_running_loop().time())
+
+    def _note(self, event: ev.Event, state: RunState) -> None:
+        self.events.append(event)
+
+    async def kill_coordinator(self) -> Control:
+        """SIGKILL of the control process. Its log stays on the disk."""
+        gone = self.control
+        gone.transport.kill()
+        for task in gone._tasks:
+            task.cancel()
+        for task in list(gone.trainer._tasks):
+            task.cancel()
+        gone.coordinator._publisher.close()
+        await asyncio.gather(*gone._tasks, return_exceptions=True)
+        gone.run_.log.close()
+        return gone
+
+    async def kill_standby(self, number: int) -> None:
+        victim = self.heirs.pop(number)
+        victim.transport.kill()
+        victim.task.cancel()
+        await asyncio.gather(victim.task, return_exceptions=True)
+        victim.standby.close()
+
     async def until(self, holds) -> None:
         while not holds(self.state):
             for one in self.workers.values():
@@ -179,6 +274,12 @@ class TwinLeague:
         await self.until(lambda s: all(len(s.seats_of(st.index, SeatStatus.READY)) >= wanted for st in s.stages))
 
     async def trained(self) -> RunState:
+        """Until the run has ended, whoever coordinates it then."""
+        while self.standbys and self.state.phase is Phase.TRAINING:
+            for heir in self.heirs.values():
+                if heir.task.done():
+                    heir.task.result()
+            await asyncio.sleep(0.05)
         await self.control.ended()
         return self.state
 

@@ -26,6 +26,7 @@
     │   └── SeatInUse           another process works in a joiner's directory
     ├── PeerError               another node did or did not do something
     │   ├── PeerUnreachable
+    │   ├── NobodyAnswers
     │   ├── DeadlinePassed
     │   ├── ProtocolMismatch
     │   ├── Refused             the peer said no, and why
@@ -43,6 +44,9 @@
     │   ├── LogCorrupt
     │   ├── SnapshotCorrupt
     │   ├── NothingToResume
+    │   ├── TermStoreCorrupt
+    │   ├── TermRefused     somebody else holds the term, or the key may not
+    │   ├── Fenced          this coordinator's term is over
     │   └── DiskFull
     ├── NumericsError           NonFiniteLoss
     └── TransportUnusable       the network library on this machine cannot be used as it is
@@ -204,6 +208,17 @@ class PeerUnreachable(PeerError):
         super().__init__(f"Cannot reach {peer[:10]} ({hops}). Check that it runs and that UDP to that address is open.")
 
 
+class NobodyAnswers(PeerError):
+    """Not one of the seats answers."""
+
+    def __init__(self, asked: int) -> None:
+        self.asked = asked
+        super().__init__(
+            f"None of {asked} seats answers this node. It lets the term go, for a standby that reaches them. Check its "
+            f"network; it tries again."
+        )
+
+
 class DeadlinePassed(PeerError):
     """A peer did not answer before its deadline."""
 
@@ -305,6 +320,26 @@ class SnapshotCorrupt(StateError):
 
 class NothingToResume(StateError):
     """No common step can be restored from what is on disk."""
+
+
+class TermStoreCorrupt(StateError):
+    """What lies in the term store is no list of terms."""
+
+
+class TermRefused(StateError):
+    """A term was not given."""
+
+
+class Fenced(StateError):
+    """This coordinator's term is over: another holds the next. Nothing that it writes counts any more."""
+
+    def __init__(self, mine: int, current: int, holder: str) -> None:
+        self.mine, self.current, self.holder = mine, current, holder
+        who = f"{holder[:10]} holds term {current}" if current > mine else f"term {mine} was revoked or never given"
+        super().__init__(
+            f"This coordinator's term {mine} is over: {who}. It has stopped writing; the run goes on without it. "
+            f"`koinon standby DIR --dir DIR` with its directory follows the run; what nobody else saw is set aside."
+        )
 
 
 class DiskFull(StateError):

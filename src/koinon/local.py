@@ -40,9 +40,11 @@ from koinon.nodes.control import (
     resume_point_elsewhere,
     stage_secret,
 )
+from koinon.nodes.controls import Controls
 from koinon.nodes.doorkeeper import Doorkeeper
 from koinon.nodes.host import Host
 from koinon.nodes.messages import Telemetry
+from koinon.nodes.onlooker import Onlooker
 from koinon.nodes.process import STATE_LIMIT, WorkerOptions
 from koinon.nodes.rundir import RunDir
 from koinon.nodes.switchboard import Switchboard
@@ -79,6 +81,9 @@ class League:
 
     spec: a RunSpec, a path to one, or the name of a recipe. directory: where the run lies or shall lie.
     resume: go on with the run in `directory`; its own spec is used. trains: False only serves samples.
+    standbys: processes that stand by to coordinate. With any, the coordinator is a process of its own, too, and may
+    be killed (`kill_coordinator`); this one only looks on, knows no telemetry and draws no samples. All workers must be
+    of this machine then.
     port: UDP port of the control process, 0 for any free one. host: where it listens; off this machine's loopback, it
     takes workers from elsewhere, who are told `advertise` if that is not where it listens.
     workers: processes on this machine, `replicas` of every stage if not given; 0 leaves all seats to others.
@@ -93,6 +98,7 @@ class League:
         resume: bool = False,
         trains: bool = True,
         replicas: int | None = None,
+        standbys: int = 0,
         port: int = 0,
         host: str = "127.0.0.1",
         advertise: Sequence[str] = (),
@@ -107,6 +113,12 @@ class League:
         self.directory = RunDir(Path(directory))
         self._given, self._resumes, self._trains, self._replicas = spec, resume, trains, replicas
         self._bind, self._advertise, self._workers, self._progress = f"{host}:{port}", advertise, workers, progress
+        self._standbys = standbys
+        if standbys and (workers is not None or host not in ("127.0.0.1", "localhost", "::1")):
+            raise UserError(
+                "Standbys and workers from elsewhere do not go together yet: which standby has succeeded is told by a "
+                "file that only processes of this machine read. Leave out `standbys`, or `host` and `workers`."
+            )
         self._listeners: list[Callable[[ev.Event, RunState], None]] = []
         self._seats: dict[int, Seat] = {}
         self._respawns: set[asyncio.Task[None]] = set()
@@ -119,6 +131,8 @@ class League:
         self._closing = False
         self._run: OpenRun | None = None
         self._control: Control | None = None
+        self._controls: Controls | None = None
+        self._onlooker: Onlooker | None = None
 
     # --- what it shows
 
@@ -128,12 +142,12 @@ class League:
 
     @property
     def state(self) -> RunState:
-        return self._controlled().coordinator.state
+        return self._onlooker.state if self._onlooker is not None else self._controlled().coordinator.state
 
     @property
     def telemetry(self) -> dict[Member, Telemetry]:
         """What each member told of itself last. For people."""
-        return dict(self._controlled().coordinator.telemetry)
+        return {} if self._onlooker is not None else dict(self._controlled().coordinator.telemetry)
 
     @property
     def address(self) -> NodeAddr:
@@ -185,6 +199,9 @@ class League:
     async def _begin(self, run: OpenRun) -> None:
         from koinon.net.iroh_transport import IrohTransport
 
+        if self._standbys:
+            await self._begin_apart(run)
+            return
         board = Switchboard(STATE_LIMIT)
         door = Doorkeeper(run.key.peer_id, RunId(run.spec.run_id))
         transport = IrohTransport(
@@ -205,7 +222,21 @@ class League:
             # Reads and hashes snapshots, so it is done before anybody waits for us, and in a process that has torch.
             control.resume(await self._resume_step(run))
         self._address = await control.start()
-        for number, (stage, seat) in enumerate(self._places(run.spec)):
+        self._fill_seats(run.spec)
+
+    async def _begin_apart(self, run: OpenRun) -> None:
+        """The same, with the coordinator and its standbys in processes of their own."""
+        step = await self._resume_step(run) if self._resumes else None
+        run.log.close()  # the coordinator's process writes it
+        folders = (self.directory, *(self.directory.standby(number) for number in range(self._standbys)))
+        self._controls = controls = Controls(run.spec.run_id, folders, trains=self._trains, bind=self._bind)
+        self._address = await controls.start(step)
+        self._onlooker = Onlooker(self._address, run.spec.run_id, controls.store, self._listeners)
+        await self._onlooker.start()
+        self._fill_seats(run.spec)
+
+    def _fill_seats(self, spec: RunSpec) -> None:
+        for number, (stage, seat) in enumerate(self._places(spec)):
             self._seats[number] = Seat(number, stage, seat, self.directory.seat(stage, seat))
             self._spawn(self._seats[number])
 
@@ -241,6 +272,7 @@ class League:
             secret=self._secret(seat.stage),
             bind=self._any_port(),
             faults=self._faults.pop((seat.stage, seat.seat), ()),
+            terms=None if self._controls is None else str(self._controls.store.path),
         )
         self._host_of(seat).spawn(seat.number, options)
 
@@ -253,20 +285,19 @@ class League:
             self._replace(number, status)
 
     def _replace(self, number: int, status: int) -> None:
-        if self._closing or self._control is None or self.state.phase in (Phase.STOPPED, Phase.FAILED):
+        if self._closing or self._address is None or self.state.phase in (Phase.STOPPED, Phase.FAILED):
             return
         seat = self._seats[number]
         known = self.state.member_of(seat.worker)
         was_ready = known is not None and known.status is SeatStatus.READY
         seat.crashes = 0 if was_ready else seat.crashes + 1
         what = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        self._control.coordinator.vanished(seat.worker, f"its process {what}")
+        if self._control is not None:  # elsewhere its silence tells, or that the next process asks for the seat
+            self._control.coordinator.vanished(seat.worker, f"its process {what}")
         if seat.crashes > CRASHES_ALLOWED:
-            self._control.coordinator.write(
-                ev.RunFailed(
-                    f"The worker of stage {seat.stage}, seat {seat.seat} ended {seat.crashes} times before it "
-                    f"was ready. {seat.folder / 'worker.log'} says why; then resume."
-                )
+            self._fail(
+                f"The worker of stage {seat.stage}, seat {seat.seat} ended {seat.crashes} times before it "
+                f"was ready. {seat.folder / 'worker.log'} says why; then resume."
             )
         elif seat.wanted:
             task = asyncio.create_task(self._respawn(seat))
@@ -275,12 +306,19 @@ class League:
 
     def _on_host_died(self) -> None:
         """The process that forks the workers is gone, and with it every worker of this machine."""
-        if not self._closing and self._control is not None and self.state.phase is Phase.TRAINING:
+        if not self._closing and self._address is not None and self.state.phase is Phase.TRAINING:
             reason = (
                 "The process that starts the workers has ended; its own error is printed above. Mend it, then resume."
             )
             with contextlib.suppress(StateError):
-                self._control.coordinator.write(ev.RunFailed(reason))
+                self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
+        """No worker of this machine will come any more."""
+        if self._control is not None:
+            self._control.coordinator.write(ev.RunFailed(reason))
+        elif self._onlooker is not None:
+            self._onlooker.give_up(StateError(reason))
 
     async def _respawn(self, seat: Seat) -> None:
         await asyncio.sleep(0.1 * 2**seat.crashes if seat.crashes else 0.0)
@@ -289,7 +327,7 @@ class League:
 
     async def finished(self) -> RunState:
         """Until the run is complete, stopped or failed. Raises StateError with the run's own sentence if it failed."""
-        await self._controlled().ended()
+        await (self._onlooker.ended() if self._onlooker is not None else self._controlled().ended())
         if self.state.phase is Phase.FAILED:
             raise StateError(self.state.reason)
         return self.state
@@ -304,6 +342,8 @@ class League:
         try:
             if self._control is not None:
                 await self._control.drain(reason)
+            if self._controls is not None:
+                await self._controls.close()
         finally:
             for host in self._hosts.values():
                 await host.close()  # workers say goodbye to a coordinator that still listens
@@ -311,6 +351,8 @@ class League:
                 await self._control.close()
             elif self._run is not None:
                 self._run.log.close()
+            if self._onlooker is not None:
+                await self._onlooker.close()
 
     # --- what can be done to it
 
@@ -318,6 +360,12 @@ class League:
         """Send the worker in that seat a signal. It is replaced; the run goes on."""
         found = next((s for s in self._seats.values() if (s.stage, s.seat) == (stage, seat)), None)
         return found is not None and self._host_of(found).kill(found.number, how)
+
+    def kill_coordinator(self, how: signal.Signals = signal.SIGKILL) -> PeerId:
+        """Send the process that coordinates a signal; a standby goes on. Raises StateError where there is none."""
+        if self._controls is None:
+            raise StateError("The coordinator is this very process: start the league with `standbys=1` to kill it.")
+        return self._controls.kill_coordinator(how)
 
     async def sample(
         self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0
@@ -379,6 +427,7 @@ class LocalSwarm:
         resume: bool = False,
         trains: bool = True,
         replicas: int | None = None,
+        standbys: int = 0,
         progress: Progress = _quiet,
         faults: Mapping[tuple[int, int], tuple[tuple[str, int], ...]] | None = None,
         environments: Mapping[tuple[int, int], Mapping[str, str]] | None = None,
@@ -389,6 +438,7 @@ class LocalSwarm:
             resume=resume,
             trains=trains,
             replicas=replicas,
+            standbys=standbys,
             progress=progress,
             faults=faults,
             environments=environments,
@@ -443,6 +493,10 @@ class LocalSwarm:
     def kill(self, stage: int, seat: int) -> bool:
         """kill -9 the worker in that seat. It is replaced; the run goes on."""
         return self._call(_now(lambda: self._league.kill(stage, seat)))
+
+    def kill_coordinator(self) -> PeerId:
+        """kill -9 the process that coordinates. A standby goes on."""
+        return self._call(_now(self._league.kill_coordinator))
 
     def sample(self, prompt: str, *, tokens: int = 100, temperature: float = 0.8, seed: int = 0) -> str:
         """Text after `prompt`."""

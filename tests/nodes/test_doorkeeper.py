@@ -20,13 +20,15 @@ from koinon.net.passes import GRACE, Pass
 from koinon.net.transport import Hello
 from koinon.nodes import messages as m
 from koinon.nodes.doorkeeper import Doorkeeper
+from koinon.nodes.follower import RunFollower
 from koinon.nodes.pass_keeper import PassKeeper
 from koinon.nodes.pass_office import LIFETIME, PassOffice
 from koinon.nodes.switchboard import Switchboard
 from koinon.run import events as ev
 from koinon.run.events import Event, Member
 from koinon.run.state import RunState, apply, fold
-from koinon.units import Bytes, PeerId, RunId
+from koinon.run.terms import Book, Term, enrolled
+from koinon.units import Bytes, RunId
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
 START = 1_900_000_000.0
@@ -89,6 +91,40 @@ def test_a_stranger_gets_to_admission_and_nowhere_else(alpn: str) -> None:
         with pytest.raises(Refused, match="join the run first"):
             house.knock("stranger", None, alpn)
         house.knock("control", None, alpn)
+
+    in_house(act)
+
+
+def test_the_holder_of_a_new_term_is_let_in_before_the_log_knows_it_and_its_passes_count() -> None:
+    def act(house: House) -> None:
+        terms = tuple(
+            Term(number=number, holder=key(name).peer_id, not_after=0.0)
+            for number, name in enumerate(("control", "heir"), 1)
+        )
+        house.door.watch(lambda: house.known, lambda *_: None, lambda: Book(RUN, terms))
+        for alpn in m.CTL, m.WORK, m.BULK:
+            house.knock("heir", None, alpn)
+        house.happens(ev.TermBegan(2, key("heir").peer_id, key("heir").peer_id, "gone"), known=False)
+        house.happens(seated(0, "b"), known=False)
+        with pytest.raises(Refused, match="not signed"):
+            house.knock("b", house.pass_of("b"))  # the former coordinator's key, for a term that is not its own
+        house.office = PassOffice(key("heir"), lambda: house.told, Switchboard(Bytes.mib(1)), now=house.now)
+        house.knock("b", house.pass_of("b"))
+        house.known = house.told
+        with pytest.raises(Refused, match="join the run first"):
+            house.knock("control", None)
+
+    in_house(act)
+
+
+def test_those_who_stand_by_or_look_on_read_the_log_and_get_nowhere_else() -> None:
+    def act(house: House) -> None:
+        book = enrolled(Book(RUN), key("heir").peer_id)
+        house.door.watch(lambda: house.known, lambda *_: None, lambda: book)
+        house.knock("heir", None, m.CTL)
+        for alpn in m.WORK, m.BULK:
+            with pytest.raises(Refused, match="join the run first"):
+                house.knock("heir", None, alpn)
 
     in_house(act)
 
@@ -220,7 +256,7 @@ def test_a_pass_is_renewed_at_half_of_its_life_until_the_seat_is_lost() -> None:
         await member.start(Switchboard(Bytes.mib(1)).services())
         member.learn(where)
         house.happens(seated(0, "b"), known=False)
-        keeper = PassKeeper(member, PeerId(where.peer), RUN, now=house.now)
+        keeper = PassKeeper(member, RunFollower(member, Switchboard(Bytes.mib(1)), where.peer, RUN), RUN, now=house.now)
         keeper.hold(house.office.issued(house.told.seats[Member(0)]))
         keeping = asyncio.create_task(keeper.keep(0))
         for _ in range(6):

@@ -72,7 +72,8 @@ def test_a_member_that_is_excluded_in_the_middle_of_a_step_can_claim_nothing_mor
 
         async def claim() -> None:
             voids = league.control.follower.state.seats[member].voids
-            claims = m.Claims((m.Claim(flight.step, flight.microbatch, flight.revision),), (), voids)
+            asked = (m.Claim(flight.step, flight.microbatch, flight.revision),)
+            claims = m.Claims(asked, (), voids, league.state.term)
             answers.append((await asker.transport.request(league.address.peer, m.CTL, claims)).header.granted)
 
         await claim()
@@ -231,7 +232,7 @@ class FlightMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_lease_names_only_who_may_fold(self) -> None:
-        lease = self.flight.lease(1)
+        lease = self.flight.lease(1, 1)
         assert [lease.folds_at(s) for s in (0, 1)] == [not done for done in self.flight.committed]
 
 

@@ -42,7 +42,7 @@ def test_a_worker_that_never_reads_of_its_seat_asks_for_another(
     deaf: set[PeerId] = set()
     add = Publisher.add
 
-    def forgetful(publisher: Publisher, peer: PeerId, first: int) -> None:
+    def forgetful(publisher: Publisher, peer: PeerId, first: int, **_more: bool) -> None:
         if peer in deaf or peer == publisher._transport.me:
             add(publisher, peer, first)
         deaf.add(peer)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from koinon.errors import Refused
 from koinon.net.clock import run_virtual
-from koinon.net.transport import Reply
 from koinon.nodes import messages as m
 from koinon.nodes.applicant import Applicant
 from koinon.nodes.clock import loop_time
@@ -303,29 +302,32 @@ def test_a_revoked_key_is_refused_with_the_reason() -> None:
 
 
 class Scripted:
-    """A transport whose peer answers with these, one after the other."""
+    """An office that answers with these, one after the other."""
 
     def __init__(self, *answers: m.Message) -> None:
         self.answers, self.asked = list(answers), list[tuple[float, m.Message]]()
 
-    async def request(self, _peer: str, _alpn: str, message: m.Message, **_more: object) -> Reply:
+    async def insist(self, message: m.Message, _alpn: str = m.CTL) -> m.Message:
         self.asked.append((loop_time(), message))
-        return Reply(self.answers.pop(0), bytearray())
+        return self.answers.pop(0)
+
+    async def ask(self, message: m.Message, alpn: str = m.CTL, **_more: object) -> m.Message:
+        return await self.insist(message, alpn)
 
 
 def test_an_applicant_asks_the_same_again_when_it_was_told_to_and_says_where_it_stands() -> None:
     async def go() -> None:
         welcome = m.Welcome(1, 0, 0, "fetch", 0, "", b"")
         waiting = [m.Waiting(40, place, 10.0, "all 4 seats are taken") for place in (9, 2)]
-        transport = Scripted(m.Later(5.0, "many"), *waiting, welcome, m.Ack())
-        applicant = Applicant(transport, PeerId("c"))  # type: ignore[arg-type]
+        office = Scripted(m.Later(5.0, "many"), *waiting, welcome, m.Ack())
+        applicant = Applicant(office)
         asking = asyncio.create_task(applicant.seat(wish("w")))
         await asyncio.sleep(5.5)
         assert applicant.waiting == waiting[0]
         assert await asking == welcome
         assert applicant.waiting is None
-        assert [message for _, message in transport.asked] == [wish("w")] * 4
-        times = [at for at, _ in transport.asked]
+        assert [message for _, message in office.asked] == [wish("w")] * 4
+        times = [at for at, _ in office.asked]
         assert all(0.8 * said <= b - a <= said for said, a, b in zip((5.0, 10.0, 10.0), times, times[1:], strict=False))
 
     run_virtual(go())

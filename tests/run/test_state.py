@@ -53,6 +53,8 @@ ANY: dict[type, st.SearchStrategy[Event]] = {
     ev.Evaluated: st.builds(ev.Evaluated, step, number, st.integers(1, 9)),
     ev.RunStopped: st.builds(ev.RunStopped, text),
     ev.RunResumed: st.builds(ev.RunResumed, step, st.integers(1, 3)),
+    ev.TermBegan: st.builds(ev.TermBegan, st.integers(0, 4), text, text, text),
+    ev.Equivocated: st.builds(ev.Equivocated, st.integers(0, 4), text, st.binary(max_size=4), st.binary(max_size=4)),
     ev.RunCompleted: st.builds(ev.RunCompleted, step),
     ev.RunFailed: st.builds(ev.RunFailed, text),
 }
@@ -88,7 +90,19 @@ def _what_comes(draw: st.DrawFn, state: RunState, here: int) -> list[Event]:
     able = [seat.member for seat in working if state.may_contribute(seat.member, now.step)]
     match draw(
         st.sampled_from(
-            ["join", "attend", "reduce", "reduce", "commit", "commit", "lose", "exclude", "return", "resume"]
+            [
+                "join",
+                "attend",
+                "reduce",
+                "reduce",
+                "commit",
+                "commit",
+                "lose",
+                "exclude",
+                "return",
+                "resume",
+                "succeed",
+            ]
         )
     ):
         case "join":
@@ -128,6 +142,8 @@ def _what_comes(draw: st.DrawFn, state: RunState, here: int) -> list[Event]:
         case "resume" if state.step:
             oldest = max(0, max(s.step for s in state.stages) - ROOTS_KEPT + 1)
             return [ev.RunResumed(draw(st.integers(min(oldest, state.step), state.step)), 1)]
+        case "succeed":
+            return [ev.TermBegan(state.term + 1, f"heir {state.term}", f"heir {state.term}", "silent")]
         case _:
             return []
 

@@ -257,6 +257,23 @@ def sample(
 
 
 @app.command()
+def standby(
+    directory: Directory,
+    own: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--dir", metavar="OWN", help="Where this standby keeps its copy; below DIR by default."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="UDP port to be reached at; 0: any free one.")] = 0,
+) -> None:
+    """Keep a copy of a run's log, and coordinate the run when its coordinator is gone."""
+    import asyncio
+
+    from koinon.cli.standby import stand_by
+
+    asyncio.run(stand_by(directory, own, f"127.0.0.1:{port}", _console()))
+
+
+@app.command()
 def recipes() -> None:
     """List the specs that come with koinon."""
     from koinon.cli.recipes import show_recipes

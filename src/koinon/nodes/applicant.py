@@ -9,10 +9,9 @@ import asyncio
 import logging
 import random
 
-from koinon.net.transport import Transport
 from koinon.nodes import messages as m
-from koinon.nodes.follower import insist
-from koinon.units import PeerId, Seconds
+from koinon.nodes.follower import Office
+from koinon.units import Seconds
 
 log = logging.getLogger(__name__)
 GOODBYE = Seconds(1.0)
@@ -23,8 +22,8 @@ _EARLIER = 0.8
 class Applicant:
     """`waiting`: what it was told last, while it waits."""
 
-    def __init__(self, transport: Transport, coordinator: PeerId) -> None:
-        self._transport, self._coordinator = transport, coordinator
+    def __init__(self, office: Office) -> None:
+        self._office = office
         self.waiting: m.Waiting | None = None
 
     async def seat(self, message: m.Join) -> m.Welcome:
@@ -34,7 +33,7 @@ class Applicant:
         """
         try:
             while True:
-                answer = await insist(self._transport, self._coordinator, m.JOIN, message)
+                answer = await self._office.insist(message, m.JOIN)
                 if isinstance(answer, m.Welcome):
                     return answer
                 assert isinstance(answer, m.Waiting | m.Later)
@@ -47,7 +46,7 @@ class Applicant:
     async def withdraw(self) -> None:
         """Nobody need keep a place for this node. Raises PeerError."""
         if self.waiting is not None:
-            await self._transport.request(self._coordinator, m.JOIN, m.Withdraw(), deadline=GOODBYE)
+            await self._office.ask(m.Withdraw(), m.JOIN, deadline=GOODBYE)
 
     def _note(self, told: m.Waiting) -> None:
         before, self.waiting = self.waiting, told

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from koinon.errors import Refused
 from koinon.net.transport import Transport
@@ -48,6 +48,7 @@ class Claimant:
         self._moved = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._hurried = -1
+        self._asking: asyncio.Task[m.Message] | None = None
         self.wanted_soon = False
         """The trainer holds items back until some of these are finished."""
 
@@ -68,6 +69,17 @@ class Claimant:
     def void(self, step: int) -> None:
         """What was folded at this step is lost: it is not finished after all."""
         self._finished = [f for f in self._finished if f.kind is not Kind.TRAIN or f.step != step]
+
+    def begin_term(self, costs: Mapping[tuple[int, int], float]) -> None:
+        """Another trainer holds the office: the question under way is void, and all that is finished. It is told the
+        costs of steps that were taken, by (step, microbatch), which nobody else knows."""
+        self._finished = [
+            m.Finished(Kind.TRAIN, step, microbatch, 0, cost) for (step, microbatch), cost in costs.items()
+        ]
+        self._hurried, self.wanted_soon = -1, False
+        if self._asking is not None:
+            self._asking.cancel()
+        self._moved.set()
 
     def hurry(self) -> None:
         """A member was lost: until the step is taken, what the trainer knows of it decides who does what again."""
@@ -109,9 +121,8 @@ class Claimant:
             self._reach(Point.CLAIM, item.lease.step)
             item.claim = ClaimState.ASKED
         claims = tuple(m.Claim(i.lease.step, i.lease.microbatch, i.lease.revision) for i in asked)
-        message = m.Claims(claims, tuple(finished), self._voids())
         try:
-            answer = await insist(self._transport, PeerId(self._state().trainer), m.CTL, message)
+            answer = await self._ask(m.Claims(claims, tuple(finished), self._voids(), self._state().term))
         except Refused as refusal:
             log.info("claims refused: %s", refusal)
             answer = m.Granted(())
@@ -122,3 +133,15 @@ class Claimant:
             if item.claim is ClaimState.ASKED:
                 item.claim = ClaimState.GRANTED if index in granted else ClaimState.REFUSED
         self._granted.set()
+
+    async def _ask(self, message: m.Claims) -> m.Message:
+        """Insist, while the trainer that leased these items holds its office. Raises Refused."""
+        trainer = PeerId(self._state().trainer)
+        self._asking = asked = asyncio.create_task(insist(self._transport, trainer, m.CTL, message))
+        try:
+            await asyncio.wait([asked])
+            if asked.cancelled():
+                raise Refused(f"Term {self._state().term} began: claims of the term before are void.")
+            return asked.result()
+        finally:
+            asked.cancel()

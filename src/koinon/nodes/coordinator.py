@@ -9,13 +9,14 @@ Knows nothing of models beyond what an item costs.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
-from koinon.errors import Refused, StateError
+from koinon.errors import Fenced, Refused, StateError
 from koinon.model.flops import item_flops
 from koinon.net.identity import NodeKey
 from koinon.net.transport import Answer, NodeAddr, Transport
@@ -44,7 +45,9 @@ REDUCE_FLOOR = Seconds(5.0)
 FAREWELL = Seconds(3.0)
 """How long the last records are offered to followers when the run has ended."""
 DISPUTES_ALLOWED = 3
-_WORTH_A_SYNC = (ev.StepMeasured, ev.RunStopped, ev.RunCompleted, ev.RunFailed, ev.RunResumed)
+GUESTS_ALLOWED = 16
+"""Nodes without a seat that may follow the log."""
+_WORTH_A_SYNC = (ev.StepMeasured, ev.RunStopped, ev.RunCompleted, ev.RunFailed, ev.RunResumed, ev.TermBegan)
 _TRAINER_MAY = (ev.Excluded, ev.ItemsReleased, ev.ItemDropped, ev.StepMeasured, ev.Evaluated, ev.RunCompleted)
 
 
@@ -89,6 +92,10 @@ class Coordinator:
         self._reduces = [History() for _ in range(spec.model.stages)]
         self._attempts: dict[int, OpenAttempt] = {}
         self._changed = [0] * spec.model.stages  # log position of each stage's latest change of members
+        self._guests: dict[PeerId, float] = {}  # followers without a seat; when a standby was heard last
+        for stage in state.stages:  # whom a coordinator before us had told to found it
+            if not stage.versions and (waiting := state.seats_of(stage.index)):
+                self._founders[stage.index] = waiting[0].member
         board.on(m.Join, self._on_join)
         for message, handler in (
             (m.Heartbeat, self._on_heartbeat),
@@ -101,6 +108,7 @@ class Coordinator:
             (m.StageDone, self._on_stage_done),
             (m.Happened, self._on_happened),
             (m.Follow, self._on_follow),
+            (m.Probe, self._on_probe),
         ):
             board.on(message, handler)
 
@@ -110,6 +118,7 @@ class Coordinator:
             while self.state.phase not in (Phase.STOPPED, Phase.FAILED):
                 await asyncio.sleep(HEARTBEAT.value / 4)
                 self._watch_members()
+                self._watch_guests()
                 self.room.tick()
                 self._refill.watch()
                 self._watch_reduces()
@@ -124,13 +133,14 @@ class Coordinator:
 
         Raises DiskFull (or another StateError): what was not written has not happened, and the run ends, resumable.
         """
+        if isinstance(self.failure, Fenced):
+            raise self.failure
         now, held = time.time(), self.log.head.seq
         stamped = [msgspec.structs.replace(event, at=now) for event in events]
         try:
             records = self.log.append_many(stamped, sync=any(isinstance(e, _WORTH_A_SYNC) for e in events))
         except StateError as error:
-            self.failure = error
-            self.finished.set()
+            self.fail(error)
             raise
         assert len(records) == self.log.head.seq - held
         for event in stamped:
@@ -140,8 +150,20 @@ class Coordinator:
         if self.state.phase not in (Phase.TRAINING, Phase.PROPOSED):
             self.finished.set()
 
+    def fail(self, error: StateError) -> None:
+        """Write nothing more; whoever waits for the end is given the error."""
+        self.failure = error
+        self.finished.set()
+
+    def follow_up(self, positions: Mapping[PeerId, int]) -> None:
+        """Send the log to those who did not ask for it yet, each from the place that it told."""
+        for peer, first in positions.items():
+            self._publisher.add(peer, first)
+
     def _concerns(self, event: ev.Event, peer: PeerId) -> bool:
         """Whether a follower has to act on the event at once."""
+        if peer in self._guests:
+            return True
         if isinstance(event, ev.Queued | ev.Dequeued):
             return False
         if peer == self.state.trainer:
@@ -233,11 +255,36 @@ class Coordinator:
         return "found" if founder.member == newcomer.member else "fetch"
 
     async def _on_follow(self, peer: PeerId, message: m.Follow, _body: bytearray) -> Answer:
-        if peer != self.state.trainer and self.state.member_of(peer) is None:
+        if message.stands_by or message.looks_on:
+            self._admit_guest(peer, stands_by=message.stands_by)
+        elif peer != self.state.trainer and self.state.member_of(peer) is None:
             raise Refused("Only members and the trainer of the run follow its log: ask for a seat first.")
         if message.addresses:
             self._transport.learn(NodeAddr(peer, message.addresses))
-        self._publisher.add(peer, message.first)
+        self._publisher.add(
+            peer, message.first, stands_by=message.stands_by, looks_on=message.looks_on and not message.stands_by
+        )  # fmt: skip
+        return m.Ack(self.log.head.seq + 1)
+
+    def _admit_guest(self, peer: PeerId, *, stands_by: bool) -> None:
+        """Whoever stands by or looks on may read what members read. Who may write is for the term store to say."""
+        if peer not in self._guests and len(self._guests) >= GUESTS_ALLOWED:
+            raise Refused(f"The run has {GUESTS_ALLOWED} standbys and onlookers, which are enough: end one first.")
+        self._guests[peer] = self._clock() if stands_by else math.inf
+
+    def _watch_guests(self) -> None:
+        """A standby that has gone must not keep onlookers waiting. If it comes back it asks for the log again."""
+        now, allowed = self._clock(), deadline(self._silences, floor=SILENCE_FLOOR).value
+        for peer, heard in list(self._guests.items()):
+            if now - heard > allowed:
+                del self._guests[peer]
+                self._publisher.remove(peer)
+
+    async def _on_probe(self, peer: PeerId, message: m.Probe, _body: bytearray) -> Answer:
+        if message.term != self.log.term or self.failure is not None:
+            raise Refused(f"This node coordinates in term {self.log.term}, or not any more.")
+        if peer in self._guests:
+            self._guests[peer] = self._clock()
         return m.Ack(self.log.head.seq + 1)
 
     async def _on_ready(self, peer: PeerId, message: m.Ready, _body: bytearray) -> Answer:
@@ -457,6 +504,8 @@ class Coordinator:
             case ev.RunResumed():
                 self._changed = [position] * len(self._changed)
                 self._founders.clear()
+            case ev.TermBegan():
+                self._changed = [position] * len(self._changed)
             case _:
                 pass
         for index in list(self._attempts):

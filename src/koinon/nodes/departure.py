@@ -12,10 +12,10 @@ import logging
 from collections.abc import Callable
 
 from koinon.errors import PeerError
-from koinon.net.transport import Transport
 from koinon.nodes import messages as m
 from koinon.nodes.clock import loop_time
 from koinon.nodes.engine import Engine
+from koinon.nodes.follower import Office
 from koinon.nodes.messages import Kind
 from koinon.nodes.reducer import Shares
 from koinon.nodes.syncer import Syncer
@@ -38,14 +38,13 @@ class Departure:
 
     def __init__(
         self,
-        transport: Transport,
-        coordinator: PeerId,
+        office: Office,
         bench: Workbench,
         engine: Engine,
         syncer: Syncer,
         state: Callable[[], RunState],
     ) -> None:
-        self._transport, self._coordinator, self._bench, self._engine = transport, coordinator, bench, engine
+        self._office, self._bench, self._engine = office, bench, engine
         self._syncer, self._state = syncer, state
         self._steps = History()
         self._last_step: float | None = None
@@ -61,7 +60,7 @@ class Departure:
         first, patience = self._engine.step, deadline(self._steps, floor=PATIENCE_FLOOR)
         try:
             wish = m.Leave(self._bench.member, reason, finishes=True)
-            await self._transport.request(self._coordinator, m.CTL, wish, deadline=ANSWER)
+            await self._office.ask(wish, deadline=ANSWER)
             async with asyncio.timeout(patience.value):
                 while self._status() is SeatStatus.READY:
                     await asyncio.sleep(GLANCE)

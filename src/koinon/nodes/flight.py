@@ -40,6 +40,8 @@ class Flight:
     committed: list[bool] = field(default_factory=list)
     """The stage has taken the step with this item in it: from now on it is only re-executed, never folded."""
     value: float | None = None
+    is_inherited: bool = False
+    """Its last stage had taken the step before this trainer came: the cost is told by whoever folded it then."""
     nudged: float = 0.0
     sampling: tuple[float, int] | None = None
 
@@ -99,7 +101,7 @@ class Flight:
         self.route[stage] = member
         self.assigned[stage] = self.revision
 
-    def lease(self, step_tokens: int) -> Lease:
+    def lease(self, step_tokens: int, term: int) -> Lease:
         """The unsigned lease of the route as it stands."""
         folds = sum(1 << s for s, committed in enumerate(self.committed) if not committed)
         return Lease(
@@ -111,6 +113,7 @@ class Flight:
             folds if self.kind is Kind.TRAIN else 0,
             step_tokens,
             self.sampling,
+            term=term,
         )
 
 

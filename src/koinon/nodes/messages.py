@@ -43,6 +43,8 @@ class Lease(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     sampling: tuple[float, int] | None = None
     """SAMPLE only: temperature and the draw's seed."""
     signature: bytes = b""
+    term: int = 0
+    """In which the trainer holds its office: the leases of a trainer that was replaced are void."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -171,6 +173,8 @@ class Claims(Message, frozen=True):
     claims: tuple[Claim, ...]
     finished: tuple[Finished, ...]
     voids: int
+    term: int = 0
+    """As in the leases that they are about."""
     nbytes: int = 0
 
 
@@ -380,10 +384,54 @@ class Records(Message, frozen=True):
 
 
 class Follow(Message, frozen=True):
-    """A node asks to be sent the log from `first` on."""
+    """A node asks to be sent the log from `first` on.
+
+    Without a seat: `stands_by`, it keeps a copy and may succeed; `looks_on`, it only shows what happens, and is sent
+    nothing that a standby does not have yet.
+    """
 
     first: int
     addresses: tuple[str, ...]
+    stands_by: bool = False
+    looks_on: bool = False
+    nbytes: int = 0
+
+
+class Probe(Message, frozen=True):
+    """A standby asks the holder of a term whether it lives. Answered by Ack."""
+
+    term: int
+    nbytes: int = 0
+
+
+class TailWanted(Message, frozen=True):
+    """The holder of a new term asks what its receiver has of the log from `first` on. Whoever answers heeds no lower
+    term from then on."""
+
+    term: int
+    first: int
+    nbytes: int = 0
+
+
+class Tail(Message, frozen=True):
+    """Reply: consecutive records from `first` on, as many as fit, and the place of the newest one held."""
+
+    records: tuple[bytes, ...]
+    newest: int
+    nbytes: int = 0
+
+
+class Shown(Message, frozen=True):
+    """Followers compare heads: the newest record of one. Answered by Seen."""
+
+    record: bytes
+    nbytes: int = 0
+
+
+class Seen(Message, frozen=True):
+    """Reply: another record that was signed for the same place, if the receiver holds one; else nothing."""
+
+    record: bytes = b""
     nbytes: int = 0
 
 

@@ -16,8 +16,8 @@ from koinon.errors import Refused
 from koinon.net.passes import Pass
 from koinon.net.transport import Hello, Transport
 from koinon.nodes import messages as m
-from koinon.nodes.follower import insist
-from koinon.units import PeerId, RunId
+from koinon.nodes.follower import Office
+from koinon.units import RunId
 
 log = logging.getLogger(__name__)
 _SOONEST = 1.0
@@ -28,9 +28,9 @@ class PassKeeper:
     """`held`: the pass that new connections show."""
 
     def __init__(
-        self, transport: Transport, coordinator: PeerId, run: RunId, *, now: Callable[[], float] = time.time
+        self, transport: Transport, office: Office, run: RunId, *, now: Callable[[], float] = time.time
     ) -> None:
-        self._transport, self._coordinator, self._run, self._now = transport, coordinator, run, now
+        self._transport, self._office, self._run, self._now = transport, office, run, now
         self.held: Pass | None = None
 
     def hold(self, encoded: bytes) -> None:
@@ -43,7 +43,7 @@ class PassKeeper:
         while self.held is not None:
             await asyncio.sleep(max(_SOONEST, (self.held.not_after - self._now()) / 2))
             try:
-                renewed = await insist(self._transport, self._coordinator, m.CTL, m.Renew(member))
+                renewed = await self._office.insist(m.Renew(member))
             except Refused as refusal:
                 log.info("the pass was not renewed: %s", refusal)
                 return

@@ -49,6 +49,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bind: str = "127.0.0.1:0"
     faults: tuple[tuple[str, int], ...] = ()
     """Points and steps at which it kills itself; see `koinon.nodes.faults`."""
+    terms: str | None = None
+    """Path of the term store, where the run has one: who coordinates, if the one named here does no more."""
     threads: int = 1
     advertise: tuple[str, ...] = ()
     """Where others reach it, if not where it listens."""
@@ -96,6 +98,7 @@ async def _work(options: WorkerOptions, tell: Tell, make_compute: Callable[[], C
     from koinon.nodes.introducer import Introducer
     from koinon.nodes.switchboard import Switchboard
     from koinon.nodes.worker import Worker
+    from koinon.run.termfile import FileTermStore
 
     torch.set_num_threads(options.threads)
     directory = Path(options.directory)
@@ -103,6 +106,7 @@ async def _work(options: WorkerOptions, tell: Tell, make_compute: Callable[[], C
     door = Doorkeeper(PeerId(options.coordinator), RunId(options.run))
     transport = IrohTransport(key, bind=options.bind, advertise=options.advertise, gate=door.admit, knows=door.knows)
     board, compute = Switchboard(STATE_LIMIT), make_compute()
+    terms = FileTermStore(Path(options.terms), RunId(options.run)) if options.terms else None
     worker = Worker(
         transport,
         board,
@@ -115,14 +119,15 @@ async def _work(options: WorkerOptions, tell: Tell, make_compute: Callable[[], C
         stage=options.stage,
         secret=bytes.fromhex(options.secret) if options.secret else None,
         reach=killed_at(options.faults),
+        terms=terms,
     )
-    door.watch(lambda: worker.state, transport.hang_up)
+    door.watch(lambda: worker.state, transport.hang_up, None if terms is None else terms.read)
     Introducer(board, options.whereabouts)
     address = await transport.start(board.services())
     transport.learn(NodeAddr(PeerId(options.coordinator), options.coordinator_addresses))
     running = asyncio.create_task(worker.run(address.addresses))
     others = [
-        asyncio.create_task(_leave_on_signal(worker, running, transport, PeerId(options.coordinator))),
+        asyncio.create_task(_leave_on_signal(worker, running, transport)),
         asyncio.create_task(_report(worker, transport, tell)),
     ]
     try:
@@ -148,9 +153,7 @@ def _reported(worker: Worker, transport: Transport) -> Report:
     return msgspec.structs.replace(worker.report(), received=received)
 
 
-async def _leave_on_signal(
-    worker: Worker, running: asyncio.Task[None], transport: Transport, coordinator: PeerId
-) -> None:
+async def _leave_on_signal(worker: Worker, running: asyncio.Task[None], transport: Transport) -> None:
     """SIGTERM, or a host that is gone: end cleanly."""
     told = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
@@ -164,11 +167,11 @@ async def _leave_on_signal(
     worker.end()
     await asyncio.wait({running}, timeout=GOODBYE.value)
     if not running.done():  # it waits for a seat or for its stage's state
-        await _give_back(worker, transport, coordinator)
+        await _give_back(worker, transport)
         running.cancel()
 
 
-async def _give_back(worker: Worker, transport: Transport, coordinator: PeerId) -> None:
+async def _give_back(worker: Worker, transport: Transport) -> None:
     """Nobody need wait for a seat that was taken and not used yet, or keep a place in line."""
     from koinon.nodes import messages as m
 
@@ -178,4 +181,4 @@ async def _give_back(worker: Worker, transport: Transport, coordinator: PeerId) 
     if seat is not None:
         with contextlib.suppress(PeerError):
             leaving = m.Leave(seat.member, "its process was told to end before it was ready")
-            await transport.request(coordinator, m.CTL, leaving, deadline=Seconds(1.0))
+            await worker.follower.ask(leaving, deadline=Seconds(1.0))

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from koinon.errors import PeerError
@@ -37,10 +37,19 @@ class Publisher:
         self._followers: dict[PeerId, asyncio.Task[None]] = {}
         self._due: dict[PeerId, asyncio.Event] = {}
         self._timers: dict[PeerId, asyncio.TimerHandle] = {}
+        self._standbys: set[PeerId] = set()
+        self._onlookers: set[PeerId] = set()
 
-    def add(self, peer: PeerId, first: int) -> None:
-        """Send the log to `peer` from record `first` on; replaces an earlier wish."""
+    def add(self, peer: PeerId, first: int, *, stands_by: bool = False, looks_on: bool = False) -> None:
+        """Send the log to `peer` from record `first` on; replaces an earlier wish.
+
+        Onlookers are sent nothing that no standby has: what people were shown must outlive this process.
+        """
         self.remove(peer)
+        if stands_by:
+            self._standbys.add(peer)
+        if looks_on:
+            self._onlookers.add(peer)
         self._due[peer] = asyncio.Event()
         self._followers[peer] = asyncio.create_task(self._feed(peer, first), name=f"publish to {peer[:8]}")
 
@@ -48,6 +57,9 @@ class Publisher:
         self._cursors.pop(peer, None)
         self._due.pop(peer, None)
         self._stop_timer(peer)
+        self._standbys.discard(peer)
+        self._onlookers.discard(peer)
+        self._wake_onlookers()
         if task := self._followers.pop(peer, None):
             task.cancel()
 
@@ -77,9 +89,9 @@ class Publisher:
         while True:
             due.clear()
             self._stop_timer(peer)
-            while batch := list(self._batch(cursor)):
+            while records := tuple(itertools.islice(batch(self._from(cursor)), self._allowance(peer, cursor))):
                 try:
-                    reply = await self._transport.request(peer, m.CTL, m.Records(cursor, tuple(batch)))
+                    reply = await self._transport.request(peer, m.CTL, m.Records(cursor, records))
                 except PeerError:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 2.0)
@@ -87,19 +99,23 @@ class Publisher:
                 assert isinstance(reply.header, m.Ack)
                 cursor, pause = max(1, reply.header.next), 0.1
                 self._cursors[peer] = cursor
+                if peer in self._standbys:
+                    self._wake_onlookers()
             await due.wait()
 
     def _stop_timer(self, peer: PeerId) -> None:
         if timer := self._timers.pop(peer, None):
             timer.cancel()
 
-    def _batch(self, cursor: int) -> Iterator[bytes]:
-        size = 0
-        for raw in self._from(cursor):
-            size += len(raw) + 8
-            if size > BATCH_BYTES and size > len(raw) + 8:
-                return
-            yield raw
+    def _wake_onlookers(self) -> None:
+        for peer in self._onlookers:
+            self._due[peer].set()
+
+    def _allowance(self, peer: PeerId, cursor: int) -> int:
+        """How many records this follower may be sent from `cursor` on."""
+        if peer not in self._onlookers or not self._standbys:
+            return self._log.head.seq + 1 - cursor
+        return max(0, max(self._cursors.get(standby, 1) for standby in self._standbys) - cursor)
 
     def _from(self, cursor: int) -> Iterator[bytes]:
         """Encoded records from `cursor` on: from memory, or for a late comer from the disk."""
@@ -108,3 +124,13 @@ class Publisher:
             yield from (raw for _, raw in itertools.islice(self._recent, start, None))
         else:
             yield from (record.encode() for record in self._log.records(cursor))
+
+
+def batch(records: Iterable[bytes]) -> Iterator[bytes]:
+    """As many of the encoded records, from the first, as one header takes; at least one, if there is one."""
+    size = 0
+    for raw in records:
+        size += len(raw) + 8
+        if size > BATCH_BYTES and size > len(raw) + 8:
+            return
+        yield raw

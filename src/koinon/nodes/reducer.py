@@ -30,7 +30,7 @@ from koinon.nodes.clock import loop_time
 from koinon.nodes.compute import Compute
 from koinon.nodes.engine import SECOND_TOLERANCE, Engine, Prepared, largest_difference, squares
 from koinon.nodes.faults import Point, Reach
-from koinon.nodes.follower import insist
+from koinon.nodes.follower import RunFollower
 from koinon.nodes.syncer import Syncer
 from koinon.optim.ownership import owners
 from koinon.run import events as ev
@@ -84,13 +84,13 @@ class Reducer:
         transport: Transport,
         compute: Compute,
         syncer: Syncer,
-        coordinator: PeerId,
+        follower: RunFollower,
         state: Callable[[], RunState],
         give_up: Callable[[KoinonError], Coroutine[Any, Any, None]],
         reach: Reach,
     ) -> None:
         self._spec, self._engine, self._member, self._stage = spec, engine, member, stage
-        self._transport, self._compute, self._syncer, self._coordinator = transport, compute, syncer, coordinator
+        self._transport, self._compute, self._syncer, self._follower = transport, compute, syncer, follower
         self._state, self._give_up, self._reach = state, give_up, reach
         self._inbox: dict[_Slot, asyncio.Future[Any]] = {}
         self._running: tuple[int, int] | None = None
@@ -199,7 +199,7 @@ class Reducer:
         message = m.Held(
             me, self._stage, reduce.step, reduce.attempt, held.root, norm, penalised, tuple(lost)
         )  # fmt: skip
-        await insist(self._transport, self._coordinator, m.CTL, message)
+        await self._follower.insist(message)
 
     async def _send_slices(self, reduce: OpenReduce, shares: Shares, pushes: asyncio.TaskGroup) -> None:
         for other in reduce.members:
@@ -411,7 +411,7 @@ class Reducer:
             self._member, self._stage, reduce.step, reduce.attempt, about, reason, tensor, error
         )  # fmt: skip
         with contextlib.suppress(PeerError):
-            await self._transport.request(self._coordinator, m.CTL, message)
+            await self._follower.ask(message)
 
     def _stop(self) -> None:
         if self._task is not None:

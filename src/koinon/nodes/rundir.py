@@ -4,6 +4,8 @@ spec.toml            the run spec, as it was given
 run.log              the run log: everything that happened
 data/                tokenizer and token shards
 control/key          node key of the control process (0600)
+terms                the term store, where the run has standbys
+standbys/N/          a standby's own directory: key, copy of the log
 seats/SS-RR/         one folder per seat: node key, snapshots, text log
 """
 
@@ -34,6 +36,9 @@ class RunDir:
     @property
     def key(self) -> Path:
         return self.path / "control" / "key"
+
+    def standby(self, number: int) -> RunDir:
+        return RunDir(self.path / "standbys" / str(number))
 
     def seat(self, stage: int, seat: int) -> Path:
         return self.path / "seats" / f"{stage:02d}-{seat:02d}"

@@ -15,7 +15,7 @@ from koinon.net.transport import Transport
 from koinon.nodes import messages as m
 from koinon.nodes.compute import Compute
 from koinon.nodes.engine import Engine
-from koinon.nodes.follower import RunFollower, insist
+from koinon.nodes.follower import RunFollower
 from koinon.nodes.syncer import Syncer
 from koinon.nodes.workbench import Workbench
 from koinon.run.events import Member
@@ -34,7 +34,6 @@ class Seating:
     def __init__(
         self,
         transport: Transport,
-        coordinator: PeerId,
         account: str,
         stage: int | None,
         follower: RunFollower,
@@ -42,7 +41,7 @@ class Seating:
         ask: Callable[[m.Join], Awaitable[m.Welcome]],
         telemetry: Callable[[], m.Telemetry],
     ) -> None:
-        self._transport, self._coordinator, self._account, self._wanted = transport, coordinator, account, stage
+        self._transport, self._account, self._wanted = transport, account, stage
         self._follower, self._syncer, self._ask, self._telemetry = follower, syncer, ask, telemetry
         self._syncing = asyncio.Lock()
 
@@ -75,19 +74,27 @@ class Seating:
             await asyncio.sleep(0.1)
 
     async def _begin(self, welcome: m.Welcome, spec: RunSpec, addresses: tuple[str, ...]) -> Engine:
+        giver = self._follower.coordinator
         await self._follower.start(addresses)
-        await self._read_of(Member(welcome.member))
+        await self._read_of(Member(welcome.member), giver)
         return await self._syncer.begin(welcome, spec, self._follower)
 
-    async def _read_of(self, member: Member) -> None:
+    async def _read_of(self, member: Member, giver: PeerId) -> None:
         """Until our copy of the log has our seat. Where that takes long the log may be sent to nobody: it is to those
-        alone who have a seat, and ours may have become void in between. What was read by then is kept."""
+        alone who have a seat, and ours may have become void in between. What was read by then is kept. Nor is it ours
+        if whoever gave it was replaced before anybody else had heard of it."""
         try:
             async with asyncio.timeout(READING.value):
-                while member not in self._follower.state.seats:
+                while not self._has(member):
+                    if self._follower.coordinator != giver:
+                        raise NothingToResume("Whoever gave this seat coordinates no more: ask its successor.")
                     await asyncio.sleep(0.01)
         except TimeoutError:
             raise NothingToResume(f"The log did not tell of this worker's seat within {READING}: ask again.") from None
+
+    def _has(self, member: Member) -> bool:
+        seat = self._follower.state.seats.get(member)
+        return seat is not None and seat.worker == self._transport.me
 
     async def get_ready(self, engine: Engine, bench: Workbench, compute: Compute) -> None:
         """Fetch until the coordinator agrees that this member has what the stage has.
@@ -102,12 +109,12 @@ class Seating:
 
     async def tell_broken(self, member: int, stage: int, error: KoinonError) -> None:
         """Something that no retry mends: it ends the run."""
-        await insist(self._transport, self._coordinator, m.CTL, m.Broken(member, f"Stage {stage}: {error}"))
+        await self._follower.insist(m.Broken(member, f"Stage {stage}: {error}"))
 
     async def _is_ready(self, engine: Engine, bench: Workbench, compute: Compute) -> bool:
         root = await compute.run(lambda: self._syncer.root_of(engine))
         try:
-            await insist(self._transport, self._coordinator, m.CTL, m.Ready(bench.member, engine.step, root))
+            await self._follower.insist(m.Ready(bench.member, engine.step, root))
         except Refused as refusal:
             log.info("not ready yet: %s", refusal)
             return False
@@ -122,7 +129,7 @@ class Seating:
         while True:
             beat = m.Heartbeat(member, self._telemetry())
             try:
-                await self._transport.request(self._coordinator, m.CTL, beat)
+                await self._follower.ask(beat)
             except Refused as refusal:
                 log.warning("unseated: %s", refusal)
                 return

@@ -40,6 +40,9 @@ REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
         m.Records,
         m.Follow,
         m.Norms,
+        m.Probe,
+        m.TailWanted,
+        m.Shown,
     ),
     m.JOIN: (m.Join, m.Withdraw, j.Knock, j.Probe, j.Reach, j.Wave, j.Whereabouts),
     m.WORK: (m.Offer, m.Forward, m.Backward, m.Slice, m.Updated),
@@ -47,7 +50,7 @@ REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
 }
 """Every message that asks for something, under the one ALPN that may carry it."""
 REPLIES: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
-    m.CTL: (m.Granted, m.Renewed, m.Ack, m.Inventory),
+    m.CTL: (m.Granted, m.Renewed, m.Ack, m.Inventory, m.Tail, m.Seen),
     m.JOIN: (m.Welcome, m.Waiting, m.Later, m.Ack, j.Opened, j.Probed, j.Reached, j.Waved, j.Known),
     m.WORK: (),
     m.BULK: (m.ContentOffered, ChunkGiven, ChunkLater, m.Tensors, m.Ack),

@@ -29,7 +29,7 @@ from koinon.nodes.content import FROZEN, WEIGHTS, Content, over, under
 from koinon.nodes.custody import Custody, Label, OwnDisk, snapshot_path, snapshots, verified
 from koinon.nodes.download import Brought, Download, Progress
 from koinon.nodes.engine import Engine, Prepared
-from koinon.nodes.follower import RunFollower, insist
+from koinon.nodes.follower import RunFollower
 from koinon.nodes.offers import Offers
 from koinon.nodes.switchboard import Switchboard
 from koinon.optim.update import State
@@ -135,7 +135,7 @@ class Syncer:
         if (mine := follower.state.member_of(self._transport.me)) is None:
             return
         if mine.status is SeatStatus.SYNCING:
-            await insist(self._transport, PeerId(follower.state.coordinator), m.CTL, m.Attend(mine.member))
+            await follower.insist(m.Attend(mine.member))
         moved, known = loop_time(), follower.state.stages[index].step
         while engine.step == first and follower.state.member_of(self._transport.me) is not None:
             await asyncio.sleep(GLANCE)

@@ -7,6 +7,7 @@ one function, `_advance`, that is run whenever one of them has moved. Knows noth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -37,6 +38,8 @@ T = TypeVar("T")
 LEASE_DOMAIN = "koinon/lease/1"
 FLIGHT_FLOOR = Seconds(10.0)
 """No microbatch is called late before that."""
+TERM_PATIENCE = Seconds(1.0)
+"""How long a worker that is ahead of us in the log is kept waiting."""
 FAILURES_ALLOWED = 3
 """Distinct accounts that may fail at one item before it is dropped."""
 
@@ -69,7 +72,6 @@ class Trainer:
         self._opened = -1  # the newest step whose microbatches have been drawn
         self._evaluated = -1
         self._measured: int | None = None
-        self._penalised: dict[tuple[int, int], float] = {}  # (step, stage) -> sum of squares
         self._asked: dict[int, tuple[int, int, int]] = {}  # stage -> (step, attempt, log position) of our StageDone
         self._durations = History()
         self._wake = asyncio.Event()
@@ -112,8 +114,7 @@ class Trainer:
                 self._take_back(member, step, "excluded", only=step)
             case ev.RunResumed(step=step):
                 self._start_over(step)
-            case ev.StageStepped(stage=stage, step=step, penalised=penalised):
-                self._penalised[step, stage] = penalised
+            case ev.StageStepped(stage=stage, step=step):
                 for flight in self._flights.values():
                     if flight.kind is Kind.TRAIN and flight.step == step:
                         flight.committed[stage] = True
@@ -122,9 +123,14 @@ class Trainer:
         self._wake.set()
 
     async def _on_claims(self, peer: PeerId, message: m.Claims, _body: bytearray) -> Answer:
+        await self._reach_term(message.term)
         seat = self.state.member_of(peer)
         if seat is None:
             raise Refused("You have no seat in this run: ask for one.")
+        if message.term != self.state.term:
+            raise Refused(
+                f"These claims are of term {message.term}, and this is term {self.state.term}: they are void."
+            )
         for finished in message.finished:
             if finished.kind is not Kind.TRAIN or seat.voids == message.voids:
                 self._note_finished(seat, finished)
@@ -132,6 +138,16 @@ class Trainer:
         if message.finished:
             self._wake.set()
         return m.Granted(granted)
+
+    async def _reach_term(self, term: int) -> None:
+        """A worker may have heard of our term before we have; then its flights are drawn, for it has things to tell."""
+        if self.state.term < term:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TERM_PATIENCE.value):
+                    while self.state.term < term:
+                        await asyncio.sleep(0.01)
+        if self._opened < 0 and self._trains and self.state.phase is Phase.TRAINING and self.state.term == term:
+            self._open_steps()
 
     def _grants(self, seat: Seat, claim: m.Claim, voids: int) -> bool:
         """A lease may overtake the log: whoever has yet to read that its gradient was thrown out would throw away what
@@ -148,6 +164,8 @@ class Trainer:
 
     def _note_finished(self, seat: Seat, finished: m.Finished) -> None:
         flight = self._flights.get((int(finished.kind), finished.step, finished.microbatch))
+        if flight is not None and flight.is_inherited and flight.value is None and seat.stage == len(flight.route) - 1:
+            flight.value = finished.value
         if flight is None or not flight.finish(seat.stage, seat.member, finished.revision, finished.value):
             return
         flight.nudged = self._clock()
@@ -198,7 +216,6 @@ class Trainer:
         self._opened = self._evaluated = step - 1
         self._measured = None
         self._asked.clear()
-        self._penalised.clear()
 
     # --- one round of decisions
 
@@ -225,10 +242,15 @@ class Trainer:
             context, size = self.spec.model.context, train.microbatch
             for batch in self._dataset.heldout_batches(train.eval_sequences, size, context):
                 self._enqueue(Kind.EVAL, step, batch.index, _joined(batch.ids, batch.targets))
-        if self._opened < step < train.steps:
-            self._opened = step
-            for batch in self._dataset.batch(self._seed, step, train.batch, train.microbatch, self.spec.model.context):
-                self._enqueue(Kind.TRAIN, step, batch.index, _joined(batch.ids, batch.targets))
+        if self._opened < 0:
+            # A trainer before us may have left stages one step apart, and the costs of the last step untold.
+            untold = self._told() + 1
+            self._opened = min(self.state.step, max(untold, self.state.step - 1)) - 1
+        while self._opened < min(step, train.steps - 1):
+            self._opened += 1
+            at, size = self._opened, train.microbatch
+            for batch in self._dataset.batch(self._seed, at, train.batch, size, self.spec.model.context):
+                self._enqueue(Kind.TRAIN, at, batch.index, _joined(batch.ids, batch.targets))
 
     def _evaluation_due(self, step: int) -> bool:
         train = self.spec.train
@@ -243,9 +265,13 @@ class Trainer:
         flight = Flight(kind, step, index, tokens, nowhere, self._clock())
         if kind is Kind.TRAIN:
             flight.committed = [s.step > step for s in self.state.stages]
-            flight.done = list(flight.committed)
+            flight.done = [
+                s.step > step or (s.step == step and index in s.dropped) for s in self.state.stages
+            ]  # fmt: skip
+            flight.is_inherited = flight.committed[-1]
         self._flights[flight.key] = flight
-        self._waiting.append(flight)
+        if not all(flight.done):
+            self._waiting.append(flight)
         return flight
 
     def _lease_waiting(self) -> None:
@@ -347,7 +373,7 @@ class Trainer:
         their ids come from the stage before. `whole`: with ids for all, who may have lost their neighbours."""
         offers: dict[Member, list[tuple[Flight, m.Offered]]] = {}
         for flight in flights:
-            lease = flight.lease(self.spec.train.batch * self.spec.model.context)
+            lease = flight.lease(self.spec.train.batch * self.spec.model.context, self.state.term)
             lease = m.signed(lease, self._key.sign(LEASE_DOMAIN, lease.unsigned()))
             ids = ids_of(flight.tokens, self.spec.model.vocab)
             claimed = flight.kind is Kind.TRAIN
@@ -399,19 +425,29 @@ class Trainer:
         except Refused:
             self._wake.set()  # the log has moved: what it says now decides
 
+    def _told(self) -> int:
+        """The newest step whose loss the log has."""
+        return -1 if self.state.loss is None else self.state.loss[0]
+
     def _measure(self) -> None:
         """J of a step, once every stage has taken it; and evaluations, once they are whole."""
         if self._measured is None:
-            self._measured = self.state.step - 1  # earlier steps were another trainer's
+            self._measured = min(self.state.step - 1, max(self._told(), self.state.step - 2))
         while self._measured + 1 < self.state.step:
+            flights = [f for f in self._flights.values() if f.kind is Kind.TRAIN and f.step == self._measured + 1]
+            untold = [f for f in flights if f.is_inherited and f.value is None]
+            if untold and self._clock() - untold[0].began < FLIGHT_FLOOR.value:
+                return
             step = self._measured = self._measured + 1
-            flights = [f for f in self._flights.values() if f.kind is Kind.TRAIN and f.step == step]
+            if untold:
+                continue  # nobody is left who folded it: its loss is not known
             values = [f.value for f in flights if f.value is not None]
             if not values:
                 continue  # taken before this trainer came
             tokens = len(values) * self.spec.train.microbatch * self.spec.model.context
             loss = math.fsum(values) / tokens
-            squares = math.fsum(self._penalised.pop((step, s.index), 0.0) for s in self.state.stages)
+            made = [v.penalised for s in self.state.stages for v in s.versions if v.step == step + 1]
+            squares = math.fsum(made)
             penalty = self.spec.optim.l2 / (2 * tokens) * squares
             self._report(ev.StepMeasured(step, loss, penalty, tokens))
         evals: dict[int, list[Flight]] = {}

@@ -186,8 +186,15 @@ class Workbench:
         if item is not None:
             item.is_done = True
 
+    def begin_term(self) -> None:
+        """Another trainer leases everything anew, under its own revisions: what was leased before is void, and with it
+        all that was folded of a step that was not taken."""
+        self.emptying += 1
+        self.voids += 1
+        self.items.clear()
+
     def emptied(self) -> None:
-        """The accumulators are empty, once for each `void`."""
+        """The accumulators are empty, once for each `void` and each term."""
         self.emptying -= 1
 
     def retire(self, step: int) -> list[Key]:

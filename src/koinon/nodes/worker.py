@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from koinon.run import events as ev
 from koinon.run.events import Member
 from koinon.run.policies.routes import started
 from koinon.run.state import Phase, RunState, SeatStatus
+from koinon.run.terms import TermStore
 from koinon.units import PeerId, RunId, Seconds
 
 log = logging.getLogger(__name__)
@@ -70,14 +71,16 @@ class Worker:
         stage: int | None = None,
         secret: bytes | None = None,
         reach: Reach = nothing,
+        terms: TermStore | None = None,
     ) -> None:
-        """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given."""
+        """secret: 32 bytes that a founding replica draws its stage from; fresh entropy if not given. terms: whom to
+        ask who coordinates, if `coordinator` does no more."""
         self._transport, self._key, self._compute, self._reach = transport, key, compute, reach
-        self._coordinator = coordinator
-        self._follower = RunFollower(transport, board, coordinator, run)
+        self._follower = RunFollower(transport, board, coordinator, run, terms=terms)
+        self._follower.went_astray = self._go_astray
         self._syncer = Syncer(transport, board, compute, directory, secret)
-        self.applicant = Applicant(transport, coordinator)
-        self._passes = PassKeeper(transport, coordinator, run)
+        self.applicant = Applicant(self._follower)
+        self._passes = PassKeeper(transport, self._follower, run)
         self._engine: Engine | None = None
         self._bench: Workbench | None = None
         self._reducer: Reducer | None = None
@@ -89,12 +92,13 @@ class Worker:
         self._goodbye = False
         self._voids = 0  # of our seat, as far as we have acted on them
         self._crossing = 0.0
+        self._costs: dict[tuple[int, int], float] = {}
+        """(step, microbatch) -> cost that this worker found, as last stage: a trainer's successor asks for it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = Counters()
         self._state = "joining"
         self._seating = Seating(
             transport,
-            coordinator,
             account,
             stage,
             self._follower,
@@ -107,6 +111,10 @@ class Worker:
     @property
     def state(self) -> RunState:
         return self._follower.state
+
+    @property
+    def follower(self) -> RunFollower:
+        return self._follower
 
     def report(self) -> Report:
         """What it does now, for whoever watches its process."""
@@ -142,10 +150,16 @@ class Worker:
         When a living league goes back to an older step, every worker takes its seat anew, from its own snapshot.
         """
         self._follower.listen(self._on_event)
-        while await self._serve(addresses):
-            log.info("the league went back to step %s: taking a seat anew", self.state.step)
-            self._engine = self._bench = self._reducer = self._claimant = self._courier = self._departure = None
-            self._ended.clear()
+        seeking = asyncio.create_task(self._follower.keep_seeking(), name="seeking")
+        seeking.add_done_callback(self._observe)
+        try:
+            while await self._serve(addresses):
+                log.info("the league went back to step %s: taking a seat anew", self.state.step)
+                self._engine = self._bench = self._reducer = self._claimant = self._courier = self._departure = None
+                self._costs.clear()
+                self._ended.clear()
+        finally:
+            seeking.cancel()
 
     async def _serve(self, addresses: tuple[str, ...]) -> bool:
         """One seat, from joining to its end. True if the league went back and this worker with it."""
@@ -175,12 +189,12 @@ class Worker:
             self._transport,
             self._compute,
             self._syncer,
-            self._coordinator,
+            self._follower,
             lambda: self.state,
             self._give_up,
             self._reach,
         )
-        self._departure = Departure(self._transport, self._coordinator, bench, engine, self._syncer, lambda: self.state)
+        self._departure = Departure(self._follower, bench, engine, self._syncer, lambda: self.state)
         self._telemetry.flops_per_item = item_flops(
             spec.model, welcome.stage, spec.train.microbatch, spec.model.context
         ).total.count
@@ -198,7 +212,7 @@ class Worker:
         if self._goodbye:
             with contextlib.suppress(PeerError):
                 message = m.Leave(welcome.member, "its process was told to end")
-                await self._transport.request(self._coordinator, m.CTL, message, deadline=FAREWELL)
+                await self._follower.ask(message, deadline=FAREWELL)
             return False
         return await self._went_back(resumes)
 
@@ -252,6 +266,8 @@ class Worker:
                 self._ended.set()
             case ev.RunResumed():
                 self._ended.set()
+            case ev.TermBegan():
+                self._begin_term()
             case ev.StageStepped(stage=stage) if stage == self._bench.stage:
                 self._spawn(self._step_taken(event))
             case ev.ItemDropped(step=step, microbatch=microbatch, stages=stages) if self._bench.stage in stages:
@@ -286,7 +302,34 @@ class Worker:
         assert self._bench and self._claimant
         self._bench.void(step)
         self._claimant.void(step)
+        self._forget_costs(lambda at: at == step)
         self._spawn(self._empty())
+
+    def _begin_term(self) -> None:
+        """Another trainer begins the open step anew. Nothing that was folded, claimed or finished before counts."""
+        assert self._bench and self._claimant
+        step = self._bench.step
+        self._bench.begin_term()
+        self._forget_costs(lambda at: at >= step)
+        self._claimant.begin_term(self._costs)  # what the former trainer knew is gone with it
+        self._spawn(self._empty())
+        if Member(self._bench.member) in self.state.seats:
+            self._spawn(self._resync_when_settled())  # if nobody but the former coordinator knew that we were ready
+        else:
+            self._ended.set()
+
+    async def _resync_when_settled(self) -> None:
+        while self._state == "syncing":
+            await asyncio.sleep(0.01)
+        await self._resync()
+
+    def _forget_costs(self, void: Callable[[int], bool]) -> None:
+        self._costs = {key: cost for key, cost in self._costs.items() if not void(key[0])}
+
+    def _go_astray(self) -> None:
+        """We heeded a coordinator longer than the rest did: whatever followed from that goes with this process."""
+        log.warning("unseated: this worker followed a history that has been replaced; it begins anew")
+        self._ended.set()
 
     async def _empty(self) -> None:
         assert self._engine and self._bench
@@ -305,7 +348,8 @@ class Worker:
         self._reach(Point.COMMIT, event.step)
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
         self._reach(Point.COMMITTED, event.step)
-        self._bench.step = self._engine.step
+        self._bench.step = step = self._engine.step
+        self._forget_costs(lambda at: at < step - 2)
         if self._departure is not None:
             self._departure.step_taken()
         self._syncer.prune(self.state.step)  # a resume goes back to a step that every stage has
@@ -421,6 +465,8 @@ class Worker:
     def _check_lease(self, peer: PeerId, lease: m.Lease) -> None:
         """The connection vouches for what the trainer itself says; what came before was checked then."""
         assert self._bench
+        if lease.term != self.state.term:
+            raise Refused(f"The lease is of term {lease.term}, and this is term {self.state.term}.")
         known = self._bench.items.get(lease.key)
         if peer == self.state.trainer or (known is not None and known.lease == lease):
             return
@@ -518,6 +564,8 @@ class Worker:
         if job.kind is not JobKind.FORWARD:
             item.is_done = True
             self._telemetry.count(item)
+            if item.value is not None and self._bench.folds(item):
+                self._costs[item.lease.step, item.lease.microbatch] = item.value
             if self._bench.folds(item) or item.lease.kind is not Kind.TRAIN:
                 self._claimant.finished(item)
         self._courier.route(item)

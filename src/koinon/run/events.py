@@ -248,6 +248,25 @@ class RunResumed(_Event, frozen=True):
     term: int
 
 
+class TermBegan(_Event, frozen=True):
+    """Another coordinator goes on: first record of its term. Members keep their seats and weights; what was folded of
+    a step that is not stepped yet is void and done anew."""
+
+    term: int
+    coordinator: str
+    trainer: str
+    reason: str
+
+
+class Equivocated(_Event, frozen=True):
+    """`coordinator` signed two records for one place of its term: both are here, so anybody can check it."""
+
+    term: int
+    coordinator: str
+    first: bytes
+    second: bytes
+
+
 class RunCompleted(_Event, frozen=True):
     """Every stage has taken the last step."""
 
@@ -286,6 +305,8 @@ Event: TypeAlias = (
     | Evaluated
     | RunStopped
     | RunResumed
+    | TermBegan
+    | Equivocated
     | RunCompleted
     | RunFailed
 )

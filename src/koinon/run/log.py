@@ -135,6 +135,13 @@ class RunLog(Generic[E]):
             self._write([record])
             self.term = max(self.term, record.term)
 
+    def cut_back(self, seq: int) -> Repair:
+        """Go back to record `seq`: what lies behind it is kept beside the file. For the log of a coordinator that was
+        replaced, whose last records nobody else had seen. Raises DiskFull, StateError."""
+        self.head = self.record(seq).head if seq else genesis(self.run)
+        self.term = self.head.term
+        return self._file.cut_back(seq)
+
     def begin_term(self, term: int) -> None:
         """Sign under a higher term from now on. Raises TermPassed if the log has seen a later one."""
         if term < self.term:

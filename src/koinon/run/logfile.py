@@ -103,6 +103,12 @@ class LogFile:
             raise self._error(error) from error
         self._count(frames, written)
 
+    def cut_back(self, records: int) -> Repair:
+        """Keep that many records; set those behind aside, then take them off. Raises DiskFull, StateError."""
+        self.end = self.starts[records] if records < len(self.starts) else self.end
+        del self.starts[records:]
+        return self.cut()
+
     def cut(self) -> Repair:
         """Set what lies behind the last whole record aside, and only then take it off. Raises DiskFull, StateError."""
         torn = os.pread(self.fd, os.fstat(self.fd).st_size - self.end, self.end)

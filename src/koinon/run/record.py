@@ -182,22 +182,38 @@ class Follower:
     def accept_all(self, records: Sequence[Record]) -> int:
         """Take a batch of consecutive records; returns how many of them, from the first, are twins of what is held.
 
-        The last one's signature vouches for all before it, through the chain: a batch costs one verification. Errors as
-        in `accept`, and then nothing of the batch was taken.
+        The last one's signature vouches for all before it of its term, through the chain: a batch costs one
+        verification for each term in it. Errors as in `accept`, and then nothing of the batch was taken.
         """
         twins = sum(record.seq <= self.head.seq for record in records)
         for record in records[:twins]:
             check_signed(record, run=self.run, issuer=self.issuer)
             self._meet_again(record)
-        head = self.head
+        head, last = self.head, None
         for record in records[twins:]:
             check_follows(head, record)
-            head = record.head
+            if last is not None and last.term != record.term:
+                check_signed(last, run=self.run, issuer=self.issuer)
+            head, last = record.head, record
         if twins < len(records):
             check_signed(records[-1], run=self.run, issuer=self.issuer)
             self._recent.extend(records[twins:])
             self.head = head
         return twins
+
+    def recent(self, first: int) -> list[Record]:
+        """Held records from place `first` on, as far as they are remembered; none if the first one is forgotten."""
+        if not self._recent or first < self._recent[0].seq:
+            return []
+        return [record for record in self._recent if record.seq >= first]
+
+    def clash(self, record: Record) -> Equivocation | None:
+        """What a record that somebody else holds proves beside ours for the same place."""
+        held = self._held(record.seq) if 0 < record.seq <= self.head.seq else None
+        signer = self.issuer(record.term) if callable(self.issuer) else self.issuer
+        if held is None or signer is None:
+            return None
+        return check_equivocation(held, record, run=self.run, issuer=signer)
 
     def _meet_again(self, record: Record) -> bool:
         """A place that is held already: a harmless twin, a second head, or a coordinator of another term."""

@@ -14,6 +14,7 @@ from typing import assert_never
 
 from koinon.run import events as ev
 from koinon.run.events import Event, Member
+from koinon.run.evidence import convicts
 from koinon.run.items import unpack
 from koinon.run.policies.admission import Line
 
@@ -81,6 +82,8 @@ class Version:
     step: int
     root: str
     members: tuple[Member, ...]
+    penalised: float = 0.0
+    """Sum of squares of the penalised weights before the step that made these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,7 @@ class Tally:
     reduces_aborted: int = 0
     joins: int = 0
     resumes: int = 0
+    successions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,11 @@ class RunState:
     reason: str = ""
     coordinator: str = ""
     trainer: str = ""
+    term: int = 0
+    holders: Mapping[int, str] = field(default_factory=dict)
+    """Who signs the log, by the first term in which it does so."""
+    convicted: frozenset[str] = frozenset()
+    """Keys that signed two histories: they hold no term again."""
     microbatches: int = 0
     stages: tuple[StageState, ...] = ()
     seats: Mapping[Member, Seat] = field(default_factory=dict)
@@ -155,7 +164,6 @@ class RunState:
     """Who waits for a seat. Whoever is called keeps its place until it is ready."""
     revoked: Mapping[str, str] = field(default_factory=dict)
     """Node keys that take no part any more, and why."""
-    term: int = 1
     excluded: frozenset[tuple[Member, int]] = frozenset()
     contributed: Mapping[tuple[Member, int], Credit] = field(default_factory=dict)
     """Credit given per (member, step), for as long as a late twin could name it or a resume could void it."""
@@ -188,6 +196,11 @@ class RunState:
         """The living seat of a node key, if it has one."""
         living = (s for s in self.seats.values() if s.worker == worker and s.status is not SeatStatus.LEFT)
         return next(living, None)
+
+    def holder_of(self, term: int) -> str:
+        """Who signs in that term, as far as the log says so; its first coordinator for terms before the first."""
+        began = max((t for t in self.holders if t <= term), default=min(self.holders, default=0))
+        return self.holders.get(began, "")
 
     def may_contribute(self, member: Member, step: int) -> bool:
         seat = self.seats.get(member)
@@ -254,7 +267,11 @@ def _applied(state: RunState, event: Event) -> RunState:
         case ev.RunStopped(reason=reason):
             return replace(state, phase=Phase.STOPPED, reason=reason)
         case ev.RunResumed(step=step, term=term):
-            return replace(_resumed(state, step), term=max(state.term, term))
+            return _resumed(state, step, term)
+        case ev.TermBegan():
+            return _term_began(state, event)
+        case ev.Equivocated():
+            return _equivocated(state, event)
         case ev.RunCompleted():
             return replace(state, phase=Phase.COMPLETE)
         case ev.RunFailed(reason=reason):
@@ -281,6 +298,8 @@ def _opened(state: RunState, event: ev.RunOpened) -> RunState:
         phase=Phase.TRAINING,
         coordinator=event.coordinator,
         trainer=event.trainer,
+        term=1,
+        holders={1: event.coordinator},
         microbatches=event.microbatches,
         stages=tuple(StageState(index=i) for i in range(event.stages)),
     )
@@ -451,7 +470,7 @@ def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
     if stage is None or stage.reduce is None or stage.reduce.attempt != event.attempt:
         return state
     stage_reduce, members = stage.reduce, stage.reduce.members
-    version = Version(event.step + 1, event.root, members)
+    version = Version(event.step + 1, event.root, members, event.penalised)
     stage = StageState(event.stage, event.step + 1, versions=(*stage.versions, version)[-ROOTS_KEPT:])
     seats = dict(state.seats)
     for member, seat in seats.items():
@@ -473,7 +492,41 @@ def _stepped(state: RunState, event: ev.StageStepped) -> RunState:
     )
 
 
-def _resumed(state: RunState, step: int) -> RunState:
+def _term_began(state: RunState, event: ev.TermBegan) -> RunState:
+    """Another hand writes. Nobody leaves a seat; reduces that were open, exclusions and credit of steps that did not
+    come to their end are void, because every item of them is done anew."""
+    if not state.run or event.term <= state.term or event.coordinator in state.convicted:
+        return state
+    stages = tuple(replace(s, reduce=None, attempt=s.attempt + (s.reduce is not None)) for s in state.stages)
+    credit, kept = dict(state.credit), {}
+    for (member, step), earned in state.contributed.items():
+        seat = state.seats[member]
+        if step < stages[seat.stage].step:
+            kept[member, step] = earned
+        else:  # its step was about to be written when the coordinator vanished
+            credit[seat.account] = credit[seat.account] - earned
+    state = replace(
+        state,
+        term=event.term,
+        holders={**state.holders, event.term: event.coordinator},
+        coordinator=event.coordinator,
+        trainer=event.trainer,
+        stages=stages,
+        excluded=frozenset(),
+        contributed=kept,
+        credit=credit,
+    )
+    return _count(state, successions=1)
+
+
+def _equivocated(state: RunState, event: ev.Equivocated) -> RunState:
+    """Bar a key, if the event holds the proof. The holder of the newest term can be barred, too: it is replaced."""
+    if state.holder_of(event.term) != event.coordinator or not convicts(event, state.run):
+        return state
+    return replace(state, convicted=state.convicted | {event.coordinator})
+
+
+def _resumed(state: RunState, step: int, term: int) -> RunState:
     """Void what lies beyond `step`; every node starts afresh."""
     stages = tuple(
         StageState(s.index, min(step, s.step), versions=tuple(v for v in s.versions if v.step <= step))
@@ -489,6 +542,7 @@ def _resumed(state: RunState, step: int) -> RunState:
         state,
         phase=Phase.TRAINING,
         reason="",
+        term=max(term, state.term),
         stages=stages,
         seats=seats,
         excluded=frozenset(),

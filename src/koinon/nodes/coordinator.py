@@ -108,7 +108,7 @@ class Coordinator:
             (m.StageDone, self._on_stage_done),
             (m.Happened, self._on_happened),
             (m.Follow, self._on_follow),
-            (m.Probe, self._on_probe),
+            (m.Pulse, self._on_pulse),
         ):
             board.on(message, handler)
 
@@ -280,7 +280,7 @@ class Coordinator:
                 del self._guests[peer]
                 self._publisher.remove(peer)
 
-    async def _on_probe(self, peer: PeerId, message: m.Probe, _body: bytearray) -> Answer:
+    async def _on_pulse(self, peer: PeerId, message: m.Pulse, _body: bytearray) -> Answer:
         if message.term != self.log.term or self.failure is not None:
             raise Refused(f"This node coordinates in term {self.log.term}, or not any more.")
         if peer in self._guests:

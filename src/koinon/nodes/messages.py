@@ -397,7 +397,7 @@ class Follow(Message, frozen=True):
     nbytes: int = 0
 
 
-class Probe(Message, frozen=True):
+class Pulse(Message, frozen=True):
     """A standby asks the holder of a term whether it lives. Answered by Ack."""
 
     term: int

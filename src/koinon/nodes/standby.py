@@ -87,7 +87,7 @@ class Standby:
         self._addresses: tuple[str, ...] = ()
         self._probed, self._heard, self._silences = 0, clock(), History()
         self._newest = 0
-        board.on(m.Probe, self._on_probe)
+        board.on(m.Pulse, self._on_pulse)
 
     @property
     def state(self) -> RunState:
@@ -178,7 +178,7 @@ class Standby:
                 if term.number != self._probed:
                     self._probed, self._heard, lagged = term.number, self._clock(), self.follower.next_seq
                 with contextlib.suppress(PeerError):
-                    reply = await self._transport.request(PeerId(term.holder), m.CTL, m.Probe(term.number))
+                    reply = await self._transport.request(PeerId(term.holder), m.CTL, m.Pulse(term.number))
                     self._hear(term.number)
                     assert isinstance(reply.header, m.Ack)
                     self._newest = max(self._newest, reply.header.next - 1)
@@ -194,7 +194,7 @@ class Standby:
             self._silences = observe(self._silences, Seconds(now - self._heard))
             self._heard = now
 
-    async def _on_probe(self, _peer: PeerId, _message: m.Probe, _body: bytearray) -> Answer:
+    async def _on_pulse(self, _peer: PeerId, _message: m.Pulse, _body: bytearray) -> Answer:
         """Of another standby, while this one has taken a term and gathers."""
         return m.Ack()
 

@@ -40,7 +40,7 @@ REQUESTS: Final[Mapping[str, tuple[type[msgspec.Struct], ...]]] = {
         m.Records,
         m.Follow,
         m.Norms,
-        m.Probe,
+        m.Pulse,
         m.TailWanted,
         m.Shown,
     ),

@@ -90,6 +90,23 @@ def test_a_member_that_is_excluded_in_the_middle_of_a_step_can_claim_nothing_mor
     assert released.items
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_member_that_has_not_folded_what_the_log_lists_for_it_says_so_and_the_items_are_done_again(
+    tmp_path: Path, undisturbed: dict[int, float], replicas: int
+) -> None:
+    """Whoever is to blame for the list: no gradient goes into the step under another's name."""
+
+    async def take_claims_for_folds(league: Rehearsal) -> None:
+        await league.until(lambda state: state.step == 1 and bool(claimed(league, 0)))
+        for flight in league.control.trainer._flights.values():
+            if flight.step == 1:
+                flight.done[0] = True
+
+    league = run_league(spec_of(replicas), tmp_path, take_claims_for_folds, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert any(isinstance(e, ev.Unreachable) and "items" in e.reason for e in league.events)
+
+
 @dataclass
 class Deaf:
     """Stands for a follower of the log that the log does not reach."""

@@ -434,7 +434,9 @@ class Coordinator:
         about = Member(message.about)
         if about not in stage.reduce.members:
             return m.Ack()
-        if message.tensor:
+        if about == seat.member:  # its gradient is not what the log lists: out of the step with it, whole
+            self.write(ev.Unreachable(about, message.reason[:200]))
+        elif message.tensor:
             self._dispute(stage, about, seat.member, message)
         else:
             attempt.blamed.add(about)

@@ -310,7 +310,10 @@ class Held(Message, frozen=True):
 
 
 class Complain(Message, frozen=True):
-    """A member cannot go on with a reduce: `about` sent nothing usable, or (owner and second) they differ."""
+    """A member cannot go on with a reduce: `about` sent nothing usable, or (owner and second) they differ.
+
+    `about` itself: its gradient is not what the log lists for it, and has to leave the step.
+    """
 
     member: int
     stage: int

@@ -7,7 +7,7 @@
     attendee            is sent the updated bytes too, after the members; owns nothing, and nobody waits for it
 
 So replicas are equal by construction, whatever hardware they run on, and nobody applies early. Any trouble ends in a
-complaint; the coordinator decides who stays and opens the next attempt. Knows nothing of items.
+complaint; the coordinator decides who stays and opens the next attempt. Knows nothing of how items are folded.
 """
 
 from __future__ import annotations
@@ -86,12 +86,14 @@ class Reducer:
         syncer: Syncer,
         follower: RunFollower,
         state: Callable[[], RunState],
+        folded: Callable[[int], set[int]],
         give_up: Callable[[KoinonError], Coroutine[Any, Any, None]],
         reach: Reach,
     ) -> None:
+        """folded: the items of a step that lie in the engine's accumulators."""
         self._spec, self._engine, self._member, self._stage = spec, engine, member, stage
         self._transport, self._compute, self._syncer, self._follower = transport, compute, syncer, follower
-        self._state, self._give_up, self._reach = state, give_up, reach
+        self._state, self._folded, self._give_up, self._reach = state, folded, give_up, reach
         self._inbox: dict[_Slot, asyncio.Future[Any]] = {}
         self._running: tuple[int, int] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -180,6 +182,8 @@ class Reducer:
         engine, me = self._engine, self._member
         shares = Shares.among(engine.sizes, reduce.members, self._state())
         contributors = [mem for mem, bitmap in zip(reduce.members, reduce.sets, strict=True) if bitmap]
+        if me in contributors:
+            await self._compare(reduce)
         self._reach(Point.REDUCE, reduce.step)
         async with asyncio.TaskGroup() as pushes:
             if me in contributors:
@@ -200,6 +204,18 @@ class Reducer:
             me, self._stage, reduce.step, reduce.attempt, held.root, norm, penalised, tuple(lost)
         )  # fmt: skip
         await self._follower.insist(message)
+
+    async def _compare(self, reduce: OpenReduce) -> None:
+        """A gradient goes into the step with exactly the items that the log lists for it, or not at all.
+
+        Claims see to that before; this is what the promise of "once" does not rest on, and is checked by.
+        """
+        listed, folded = set(reduce.items_of(self._member)), self._folded(reduce.step)
+        if listed != folded:
+            log.error("step %s: the log lists items %s, folded are %s", reduce.step, sorted(listed), sorted(folded))
+            reason = f"has folded {len(folded & listed)} of its {len(listed)} items, and {len(folded - listed)} others"
+            await self._complain(reduce, self._member, reason)
+            raise FrameMalformed(reason)
 
     async def _send_slices(self, reduce: OpenReduce, shares: Shares, pushes: asyncio.TaskGroup) -> None:
         for other in reduce.members:
@@ -266,7 +282,8 @@ class Reducer:
             culprit = contributors[int(str(error).split()[1])]
             if contributors == [self._member]:
                 raise NonFiniteLoss(f"The gradient of step {reduce.step} is not finite.") from error
-            await self._complain(reduce, culprit, str(error))
+            if culprit != self._member:  # of ours the others say so, who were sent the same
+                await self._complain(reduce, culprit, str(error))
             raise
 
     async def _norm(

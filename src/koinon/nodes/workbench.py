@@ -93,6 +93,8 @@ class Workbench:
     """Training items of a step that the first stage may have begun and not folded: what is leased ahead of them waits
     there, where nothing is kept for it yet. Later stages begin what comes."""
     items: dict[Key, Item] = field(default_factory=dict)
+    folded: set[tuple[int, int]] = field(default_factory=set)
+    """(step, microbatch) of what lies in the accumulators."""
     emptying: int = 0
     voids: int = 0
     """How often everything was voided; a job that began before the last time has done nothing."""
@@ -176,6 +178,7 @@ class Workbench:
         """
         self.emptying += 1
         self.voids += 1
+        self.folded = {entry for entry in self.folded if entry[0] != step}
         for item in self.items.values():
             if item.lease.kind is Kind.TRAIN and item.lease.step == step:
                 item.claim, item.is_done = ClaimState.NONE, False
@@ -206,6 +209,7 @@ class Workbench:
         ]
         for key in old:
             del self.items[key]
+        self.folded = {entry for entry in self.folded if entry[0] >= step}
         return old
 
     def _begun(self) -> int:

@@ -191,6 +191,7 @@ class Worker:
             self._syncer,
             self._follower,
             lambda: self.state,
+            lambda step: {microbatch for at, microbatch in bench.folded if at == step},
             self._give_up,
             self._reach,
         )
@@ -516,18 +517,18 @@ class Worker:
                 continue
             self._state, voids = "working", self._bench.voids
             try:
-                await self._compute.run(lambda job=job: self._do(job))  # type: ignore[misc]
+                folded = await self._compute.run(lambda job=job: self._do(job))  # type: ignore[misc]
             except (NumericsError, DiskFull) as error:
                 await self._give_up(error)
                 return
             if self._bench.voids == voids or job.kind is JobKind.FORWARD:
-                self._after(job)
+                self._after(job, folded=folded)
 
-    def _do(self, job: Job) -> None:
-        """In the compute thread."""
+    def _do(self, job: Job) -> bool:
+        """In the compute thread. True if the item's gradient was added to the accumulators."""
         assert self._engine and self._bench
         item, engine = job.item, self._engine
-        lease, folds = item.lease, self._bench.folds(item)
+        lease, folds = item.lease, self._bench.folds(item) and item.lease.step == engine.step
         train = lease.kind is Kind.TRAIN
         ids = item.ids if lease.kind is Kind.SAMPLE else item.ids[:, :-1]
         match job.kind:
@@ -541,6 +542,7 @@ class Worker:
             case JobKind.FINISH:
                 self._reach(Point.BACKWARD, lease.step)
                 self._finish(item, ids, folds)
+        return folds and job.kind is not JobKind.FORWARD
 
     def _finish(self, item: Item, ids: Any, folds: bool) -> None:
         assert self._engine
@@ -557,9 +559,11 @@ class Worker:
                 temperature, seed = lease.sampling or (0.0, 0)
                 item.value = float(engine.sample(lease.step, ids, item.entered, temperature, seed))
 
-    def _after(self, job: Job) -> None:
+    def _after(self, job: Job, *, folded: bool) -> None:
         assert self._bench and self._claimant and self._courier
         item = job.item
+        if folded:
+            self._bench.folded.add((item.lease.step, item.lease.microbatch))
         self._reach(Point.FORWARDED if job.kind is JobKind.FORWARD else Point.FOLDED, item.lease.step)
         if job.kind is not JobKind.FORWARD:
             item.is_done = True

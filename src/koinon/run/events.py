@@ -97,7 +97,8 @@ class SeatMoved(_Event, frozen=True):
 
 
 class Unreachable(_Event, frozen=True):
-    """Nobody reaches the member. Its leases stop and its contribution leaves the step; no penalty."""
+    """Nobody reaches the member, or it says that it cannot stand by its gradient. Its leases stop and its contribution
+    leaves the step; no penalty."""
 
     member: Member
     reason: str

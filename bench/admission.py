@@ -11,12 +11,14 @@ per_cpu_second  the same per second of processor time of the control process, it
                 left of it when the machine is busy otherwise
 decided         answers of the handler alone, new wishes and repeated ones, batches written to the log included
 filled_mib      memory of the control process for 10,000 tickets
-growth_mib      what it grew by during the siege
+growth_mib      what that process, of a league that does nothing else, grew by in a siege of ever new connections
 step_ratio      steps per second during a siege over those without, in turns. The siege: polls at the rate at which
                 10,000 waiters are told to ask, each with a connection of its own, and beside them connections that
                 say nothing, rubbish and half frames.
                 The besiegers run at the lowest priority, since besiegers have machines of their own; `siege_rate` is
-                what they got through per second
+                what they got through per second. It is the hardest case: the steps of this recipe are a dozen exchanges
+                each and little arithmetic, so they wait for the control process more than for anything else
+siege_share     of one core, what the control process spent more under siege than in peace
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class Found:
     waiting: int = 0
     siege_rate: float = 0.0
     ratios: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
 
 def rss() -> float:
@@ -90,9 +93,7 @@ class Bench:
         self.found.filled_mib, self.found.waiting = rss() - before, len(self.league.state.line)
         progress(f"{self.found.waiting} wait, {self.found.filled_mib:.1f} MiB")
         await self._besiege(Siege(*self._where(), KEYS, 3.0))  # what connections and code cost once
-        filled = rss()
-        await self._turns(3.0 if self.quick else 6.0, 5 if self.quick else 20)
-        self.found.growth_mib = rss() - filled
+        await self._turns(3.0 if self.quick else 6.0, 5 if self.quick else 12)
         return self.found
 
     async def rate(self) -> None:
@@ -107,6 +108,10 @@ class Bench:
         self.found.per_second = answers["answered"] / answers["seconds"]
         self.found.per_cpu_second = answers["answered"] / (time.process_time() - spent)
         progress(f"over the transport: {answers}")
+        before = rss()
+        siege = Siege(*self._where(), KEYS, 6.0 if self.quick else 60.0, rate=150.0, redials=True, hostile=True)
+        progress(f"redialling: {await self._besiege(siege)}")
+        self.found.growth_mib = rss() - before
 
     async def fill(self) -> None:
         """By the handler itself, 500 at a time, as many keys and accounts as tickets."""
@@ -142,11 +147,13 @@ class Bench:
             self._answers = 0
             for turn in range(turns):
                 besiegers.suspend()
-                calm = await self._pace(seconds)
+                calm, calm_share = await self._pace(seconds)
                 besiegers.resume()
+                await asyncio.sleep(1.0)  # whoever was stopped asks at once: no crowd does that every three seconds
                 began, before = time.monotonic(), self._answers
-                pressed = await self._pace(seconds)
+                pressed, share = await self._pace(seconds)
                 pressed_for += time.monotonic() - began
+                self.found.shares.append(share - calm_share)
                 self.found.ratios.append(pressed / calm)
                 progress(f"turn {turn + 1}: {calm:.3f} steps/s in peace, {pressed:.3f} and {self._answers - before} "
                          "answers under siege")  # fmt: skip
@@ -165,13 +172,16 @@ class Bench:
 
         room.line_up = counted  # type: ignore[method-assign]
 
-    async def _pace(self, seconds: float) -> float:
-        """Steps per second, between the first and the last that end in that time."""
+    async def _pace(self, seconds: float) -> tuple[float, float]:
+        """Steps per second, between the first and the last that end in that time; and the share of a core of this
+        process."""
         self.steps.clear()
+        began, spent = time.monotonic(), time.process_time()
         await asyncio.sleep(seconds)
         while len(self.steps) < 3:
             await asyncio.sleep(0.1)
-        return (len(self.steps) - 1) / (self.steps[-1] - self.steps[0])
+        share = (time.process_time() - spent) / (time.monotonic() - began)
+        return (len(self.steps) - 1) / (self.steps[-1] - self.steps[0]), share
 
     def _where(self) -> tuple[str, tuple[str, ...]]:
         return self.league.address.peer, self.league.address.addresses
@@ -201,6 +211,7 @@ async def besieged(quick: bool) -> Found:
         async with busy.league:
             found = await busy.run()
     found.per_second, found.per_cpu_second = idle.found.per_second, idle.found.per_cpu_second
+    found.growth_mib = idle.found.growth_mib
     return found
 
 
@@ -217,6 +228,7 @@ def measure(quick: bool) -> Iterator[Figure]:
     yield Figure("growth_mib", round(found.growth_mib, 1), at_most=GROWTH_MIB)
     yield Figure("step_ratio", round(median(found.ratios), 3), at_least=0.9)
     yield Figure("step_ratios", [round(ratio, 3) for ratio in found.ratios])
+    yield Figure("siege_share", round(median(found.shares), 3))
     yield Figure("siege_rate", round(found.siege_rate, 1))
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ HOSTILE_EVERY = 0.25
 @dataclass(frozen=True)
 class Siege:
     """`rate`: requests per second of all keys together; None: as fast as they are answered. `redials`: a connection per
-    request, as whoever asks every five minutes needs. `hostile`: and beside them connections that say nothing, and
+    request, as whoever asks every ten minutes needs. `hostile`: and beside them connections that say nothing, and
     streams of rubbish. `niceness`: so much they leave the processor to others."""
 
     peer: str
@@ -83,7 +84,7 @@ class Crowd:
                     self.numbers.append(reply.header.ticket)
             if self.siege.redials:
                 node.hang_up(coordinator, "until next time")
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
 
     async def _annoy(self) -> None:
         options = iroh.EndpointOptions(

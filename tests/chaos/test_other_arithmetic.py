@@ -5,6 +5,7 @@ Real processes: torch reads ATEN_CPU_CAPABILITY as it is loaded and then uses th
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ import psutil
 import pytest
 
 from koinon import LocalSwarm
+from koinon.cli.single import losses as losses_of_one_process
 from koinon.nodes.rundir import RunDir
 from koinon.nodes.syncer import snapshots, verified
 from koinon.run import events as ev
 from koinon.run.state import Phase
-from tests.processes import STAGES, STEPS, losses, spec_of
+from tests.processes import STAGES, losses, spec_of
+
+STEPS, COMPARED = 100, 10
 
 SCRIPT = """
 import torch
@@ -40,15 +44,14 @@ def arithmetic(capability: str) -> tuple[str, str]:
     return name, results
 
 
-def test_replicas_with_other_instructions_keep_equal_roots_at_every_step(
-    tmp_path: Path, undisturbed: dict[int, float]
-) -> None:
+def test_replicas_with_other_instructions_keep_equal_roots_at_every_step(tmp_path: Path) -> None:
     (plain, slow), (wide, fast) = arithmetic("default"), arithmetic("avx2")
     if plain == wide or slow == fast:
         pytest.skip(f"this processor has one kind of arithmetic: {plain}, {wide}")
     other = {(stage, 1): {"ATEN_CPU_CAPABILITY": "default"} for stage in range(STAGES)}
     here = {(stage, 0): {"ATEN_CPU_CAPABILITY": "avx2"} for stage in range(STAGES)}
-    spec = spec_of(2, train={"keep_snapshots": STEPS + 1})
+    # So many that the second replicas, whose processes load torch anew, are there for most of them.
+    spec = spec_of(2, train={"steps": STEPS, "keep_snapshots": STEPS + 1})
     with LocalSwarm(spec, tmp_path, environments=other | here) as swarm:
         events = []
         for event in swarm.events():
@@ -61,6 +64,8 @@ def test_replicas_with_other_instructions_keep_equal_roots_at_every_step(
     assert [event for event in events if isinstance(event, ev.Disputed | ev.ReduceAborted)] == []
     roots = {(event.stage, event.step + 1): event.root for event in events if isinstance(event, ev.StageStepped)}
     assert len(roots) == STAGES * STEPS
+    held = [event for event in events if isinstance(event, ev.ReduceOpened)]
+    assert all(any(len(reduce.members) == 2 for reduce in held if reduce.stage == stage) for stage in range(STAGES))
     seen = 0
     for (stage, _), folder in RunDir(tmp_path).seats().items():
         for path, label in snapshots(folder).items():
@@ -68,5 +73,6 @@ def test_replicas_with_other_instructions_keep_equal_roots_at_every_step(
                 assert label.root == roots[stage, label.step]
                 assert verified(path, roots[stage, label.step])
                 seen += 1
-    assert seen == 2 * STAGES * STEPS, "both replicas of every stage, every step"
-    assert losses(events) == pytest.approx(undisturbed, abs=1e-3), "other roundings, the same run"
+    assert seen >= sum(len(reduce.members) for reduce in held), "every member of every reduce"
+    first = dict(itertools.islice(enumerate(losses_of_one_process(RunDir(tmp_path))), COMPARED))
+    assert {step: losses(events)[step] for step in first} == pytest.approx(first, abs=1e-3), "the same run"

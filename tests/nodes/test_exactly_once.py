@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from koinon.errors import LogGap
 from koinon.net.hub import Faults
 from koinon.nodes import messages as m
 from koinon.nodes.flight import NOBODY, Flight
 from koinon.nodes.messages import Kind
+from koinon.nodes.worker import Worker
 from koinon.run import events as ev
 from koinon.run.events import Member
+from koinon.run.record import Head
 from koinon.run.state import Phase, RunState, Seat, SeatStatus
 from koinon.units import BitsPerSecond
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
@@ -63,12 +69,17 @@ def test_a_member_that_is_excluded_in_the_middle_of_a_step_can_claim_nothing_mor
         flight = claimed(league, 0)[0]
         member = flight.route[0]
         asker = next(one for one in league.workers.values() if one.worker._bench.member == member)
-        claims = m.Claims((m.Claim(flight.step, flight.microbatch, flight.revision),), (), league.state.term)
-        for _ in range(2):  # a late twin of a claim changes nothing
+
+        async def claim() -> None:
+            voids, term = league.control.follower.state.seats[member].voids, league.state.term
+            claims = m.Claims((m.Claim(flight.step, flight.microbatch, flight.revision),), (), voids, term)
             answers.append((await asker.transport.request(league.address.peer, m.CTL, claims)).header.granted)
+
+        await claim()
+        await claim()  # a late twin of a claim changes nothing
         league.control.coordinator.write(ev.Excluded(member, 2, "for the test"))
         await league.until(lambda _: any(isinstance(event, ev.Excluded) for event in league.events))
-        answers.append((await asker.transport.request(league.address.peer, m.CTL, claims)).header.granted)
+        await claim()
 
     league = run_league(spec_of(replicas), tmp_path, exclude, make_compute=Paced)
     assert answers == [(0,), (0,), ()]
@@ -76,6 +87,51 @@ def test_a_member_that_is_excluded_in_the_middle_of_a_step_can_claim_nothing_mor
     [released] = [event for event in league.events if isinstance(event, ev.ItemsReleased)]
     assert released.step == 2
     assert released.items
+
+
+@dataclass
+class Deaf:
+    """Stands for a follower of the log that the log does not reach."""
+
+    head: Head
+
+    def accept_all(self, _records: object) -> int:
+        raise LogGap(self.head.seq + 1, self.head.seq + 2)
+
+
+@contextlib.contextmanager
+def deaf(worker: Worker) -> Iterator[None]:
+    """It is told of work, and answers; but it reads nothing of the log."""
+    hearing = worker._follower._follower
+    worker._follower._follower = Deaf(hearing.head)
+    try:
+        yield
+    finally:
+        worker._follower._follower = hearing
+
+
+def test_work_that_overtakes_the_news_of_a_lost_gradient_is_not_folded_into_it(
+    tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    """A member was thought lost and is ready again before it has read of either: whatever it folds until then it throws
+    away when it reads, so it must not be able to say before that it is folded."""
+
+    async def lose_it_unheard(league: Rehearsal) -> None:
+        await league.until(lambda state: state.step == 1 and bool(claimed(league, 0)))
+        one, write = league.workers[0, 0], league.control.coordinator.write
+        seat = league.state.member_of(one.transport.me)
+        lost, back = ev.Unreachable(seat.member, "for the test"), ev.Returned(seat.member)
+        write(lost)
+        await league.until(lambda _: bool(unreachable(one.worker.state)))
+        with deaf(one.worker):
+            write(back, lost, back)
+            twin = m.Ready(seat.member, seat.step, league.state.stages[0].root_at(seat.step))  # it said so long ago
+            await one.transport.request(league.address.peer, m.CTL, twin)
+            await asyncio.sleep(2.0)
+
+    league = run_league(spec_of(1), tmp_path, lose_it_unheard, make_compute=Paced)
+    assert league.state.tally.unreachable == 2
+    assert_whole(league, undisturbed)
 
 
 def claimed(league: Rehearsal, stage: int) -> list[Flight]:

@@ -241,7 +241,7 @@ def test_records_and_claims_of_a_term_that_is_over_are_refused_by_everyone(
             refused.append(str(caught.value))
         one = league.workers[0, 0]
         with pytest.raises(Refused, match="claims are of term 1"):
-            await one.transport.request(league.control.transport.me, m.CTL, m.Claims((m.Claim(1, 0, 99),), (), 1))
+            await one.transport.request(league.control.transport.me, m.CTL, m.Claims((m.Claim(1, 0, 99),), (), 0, 1))
 
     league = run_league(spec_of(2), tmp_path, write, make_compute=Paced, standbys=1)
     assert_whole(league, undisturbed)

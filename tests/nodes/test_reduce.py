@@ -6,6 +6,7 @@ undisturbed run.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from koinon.net.hub import Faults
 from koinon.nodes import custody, syncer
 from koinon.nodes.engine import SECOND_TOLERANCE, Engine
 from koinon.nodes.faults import Point
+from koinon.optim.update import State
 from koinon.run import events as ev
 from koinon.run.state import Phase
-from koinon.units import BitsPerSecond
+from koinon.units import BitsPerSecond, PeerId
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 from tests.twin import TwinLeague
 
@@ -186,6 +188,62 @@ def test_the_optimizer_state_of_a_member_that_leaves_goes_to_the_new_owners(
             await league.kill(stage, seat)
 
     league = run_league(spec_of(3), tmp_path, leave, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert not [event for event in league.events if isinstance(event, ev.MomentumLost)]
+
+
+async def come_with_nothing(*_: object) -> dict[str, State]:
+    return {}
+
+
+async def a_newcomer_without_state(league: Rehearsal) -> tuple[PeerId, PeerId]:
+    """Beside the one member that has it: (newcomer, holder)."""
+    await league.until(lambda state: state.step == 1)
+    await league.kill(0, 0)
+    for snapshot in league.directory.seat(0, 0).glob("*.safetensors"):
+        snapshot.unlink()
+    await league.start(0, 0)
+    newcomer, holder = (league.workers[0, seat].transport.me for seat in (0, 1))
+    await league.until(lambda state: any(seat.worker == newcomer for seat in state.ready(0)))
+    return newcomer, holder
+
+
+def test_the_optimizer_state_of_a_member_that_is_silent_for_a_while_is_waited_for(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is alone meanwhile has the weights and not the state: it must not go on from zero."""
+
+    async def silence_the_holder(league: Rehearsal) -> None:
+        _, holder = await a_newcomer_without_state(league)
+        everybody = [league.address.peer, *(one.transport.me for one in league.workers.values())]
+        league.hub.partition([holder], [peer for peer in everybody if peer != holder])
+        await asyncio.sleep(15.0)
+        league.hub.heal()
+
+    monkeypatch.setattr(syncer.Syncer, "_lone_momentum", come_with_nothing)
+    league = run_league(spec_of(2), tmp_path, silence_the_holder, make_compute=Paced)
+    assert_whole(league, undisturbed)
+    assert league.state.tally.unreachable >= 1
+    assert not [event for event in league.events if isinstance(event, ev.MomentumLost)]
+
+
+def test_the_optimizer_state_on_the_disk_of_a_member_that_begins_anew_is_waited_for(
+    tmp_path: Path, undisturbed: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = syncer.Syncer._load
+
+    async def load_slowly(*arguments: Any) -> Any:
+        await asyncio.sleep(8.0)
+        return await load(*arguments)
+
+    async def restart_the_holder(league: Rehearsal) -> None:
+        await a_newcomer_without_state(league)
+        await league.kill(0, 1)
+        await league.start(0, 1)
+
+    monkeypatch.setattr(syncer.Syncer, "_lone_momentum", come_with_nothing)
+    monkeypatch.setattr(syncer.Syncer, "_load", load_slowly)
+    league = run_league(spec_of(2), tmp_path, restart_the_holder, make_compute=Paced)
     assert_whole(league, undisturbed)
     assert not [event for event in league.events if isinstance(event, ev.MomentumLost)]
 

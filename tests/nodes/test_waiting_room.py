@@ -16,7 +16,7 @@ from koinon.nodes import messages as m
 from koinon.nodes.applicant import Applicant
 from koinon.nodes.clock import loop_time
 from koinon.nodes.switchboard import Switchboard
-from koinon.nodes.waiting_room import BATCH, WaitingRoom
+from koinon.nodes.waiting_room import BATCH, LINGER, WaitingRoom
 from koinon.run import events as ev
 from koinon.run.events import Event, Member
 from koinon.run.policies import admission
@@ -75,9 +75,9 @@ class Doors:
 
 names = st.sampled_from([f"w{number}" for number in range(7)])
 acts = st.one_of(
-    st.tuples(st.just("join"), names),
-    st.tuples(st.just("join"), names),
-    st.tuples(st.sampled_from(["ready", "lose", "leave", "withdraw"]), names),
+    st.tuples(st.sampled_from(["join", "wait", "wait"]), names),
+    st.tuples(st.sampled_from(["ready", "lose", "leave"]), st.integers(0, 6)),
+    st.tuples(st.just("withdraw"), names),
     st.tuples(st.just("pass"), st.sampled_from([0.0, 0.01, 1.0, 9.0, 40.0, 1000.0])),
     st.tuples(st.just("restart"), st.none()),
 )
@@ -118,7 +118,7 @@ class Watched(Doors):
         assert len(ahead) < free, f"{worker} was seated before {ahead}"
 
 
-@given(st.integers(1, 3), st.lists(acts, max_size=60))
+@given(st.integers(1, 3), st.lists(acts, min_size=12, max_size=60))
 def test_seats_are_exact_and_first_come_is_first_served_whatever_happens(
     places: int, script: list[tuple[str, object]]
 ) -> None:
@@ -132,21 +132,25 @@ def test_seats_are_exact_and_first_come_is_first_served_whatever_happens(
 
         for act, what in script:
             match act, what:
-                case "join", str():
+                case "join" | "wait", str():
                     asking.add(asyncio.create_task(join(what)))
-                    await asyncio.sleep(0)
-                case "ready", str():
-                    doors.ready(what)
-                case "lose" | "leave", str():
-                    doors.lose(what, drained=act == "leave")
+                    await asyncio.sleep(0 if act == "join" else 2 * LINGER)  # before its number is written, or after
+                case "ready" | "lose" | "leave", int() if doors.living:
+                    one = doors.living[what % len(doors.living)]
+                    if act == "ready":
+                        doors.ready(one)
+                    else:
+                        doors.lose(one, drained=act == "leave")
                 case "withdraw", str():
                     await doors.room._on_withdraw(PeerId(what), m.Withdraw(), bytearray())
                 case "pass", float():
                     await asyncio.sleep(what)
                     doors.room.tick()
-                case _:
+                case "restart", _:
                     await asyncio.gather(*asking, return_exceptions=True)
                     doors.open()
+                case _:
+                    pass  # nobody is seated
         ended = await asyncio.gather(*asking, return_exceptions=True)
         assert all(isinstance(one, Refused | None) for one in ended), ended
         await asyncio.sleep(10.0)

@@ -29,7 +29,8 @@ LINGER = Seconds(1.0)
 class Claimant:
     """Asks and tells, one request at a time: what gathers meanwhile goes with the next one.
 
-    `granted`: set whenever an answer has come, for whoever looks for work.
+    `voids`: how often what this member had folded was voided, as far as it has acted on it. `granted`: set whenever an
+    answer has come, for whoever looks for work.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Claimant:
         bench: Workbench,
         transport: Transport,
         state: Callable[[], RunState],
+        voids: Callable[[], int],
         granted: asyncio.Event,
         reach: Reach,
     ) -> None:
-        self._bench, self._transport, self._state, self._granted, self._reach = bench, transport, state, granted, reach
+        self._bench, self._transport, self._state, self._voids = bench, transport, state, voids
+        self._granted, self._reach = granted, reach
         self._finished: list[m.Finished] = []
         self._moved = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -119,7 +122,7 @@ class Claimant:
             item.claim = ClaimState.ASKED
         claims = tuple(m.Claim(i.lease.step, i.lease.microbatch, i.lease.revision) for i in asked)
         try:
-            answer = await self._ask(m.Claims(claims, tuple(finished), self._state().term))
+            answer = await self._ask(m.Claims(claims, tuple(finished), self._voids(), self._state().term))
         except Refused as refusal:
             log.info("claims refused: %s", refusal)
             answer = m.Granted(())

@@ -164,10 +164,15 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Claims(Message, frozen=True):
-    """Worker to trainer: items it is about to fold, and items it has finished."""
+    """Worker to trainer: items it is about to fold, and items it has finished.
+
+    `voids`: its seat's, as far as it has read the log. Where the trainer has read of another number, one of the two
+    does not know yet that the gradient was thrown out: nothing is granted, and nothing folded is noted.
+    """
 
     claims: tuple[Claim, ...]
     finished: tuple[Finished, ...]
+    voids: int
     term: int = 0
     """As in the leases that they are about."""
     nbytes: int = 0

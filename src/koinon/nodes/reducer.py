@@ -26,6 +26,7 @@ from koinon.errors import DiskFull, FrameMalformed, KoinonError, NonFiniteLoss, 
 from koinon.model.codec import nbytes
 from koinon.net.transport import Answer, Drop, Transport
 from koinon.nodes import messages as m
+from koinon.nodes.clock import loop_time
 from koinon.nodes.compute import Compute
 from koinon.nodes.engine import SECOND_TOLERANCE, Engine, Prepared, largest_difference, squares
 from koinon.nodes.faults import Point, Reach
@@ -37,14 +38,14 @@ from koinon.run.events import Member
 from koinon.run.items import unpack
 from koinon.run.policies.deadlines import History, deadline, observe
 from koinon.run.spec import RunSpec
-from koinon.run.state import OpenReduce, RunState, SeatStatus
+from koinon.run.state import OpenReduce, RunState, Seat, SeatStatus
 from koinon.units import PeerId, Seconds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_FLOOR = Seconds(3.0)
 MOMENTUM_TRIES = 3
-"""How often members that should answer are asked for optimizer state: one lost packet must not set it to zero."""
+"""How often members that hardly have it are asked for optimizer state."""
 _Slot = tuple[int, int, type[m.Message], Member]
 
 
@@ -98,6 +99,7 @@ class Reducer:
         self._attending: tuple[tuple[int, int], asyncio.Task[Prepared]] | None = None
         self._courtesies: set[asyncio.Task[None]] = set()  # what attendees are sent; it may outlast the attempt
         self._waits = History()
+        self._lacking_since = (0, 0.0)  # a step, and when optimizer state for it was first found to be missing here
         tokens = spec.train.microbatch * spec.model.context
         self.item_limit = nbytes(spec.model.codec, tokens, spec.model.boundary_width) + 4 * (
             tokens + spec.train.microbatch
@@ -321,27 +323,46 @@ class Reducer:
         return prepared, self._engine.penalised_squares()
 
     async def _ensure_momentum(self, reduce: OpenReduce, names: tuple[str, ...]) -> list[str]:
-        """Fetch optimizer state that we are to use for the first time; returns what nobody has any more."""
-        missing = [n for n in names if n not in self._engine.momentum]
-        if not missing or reduce.step == 0:
+        """Fetch optimizer state that we are to use for the first time; returns what nobody has any more.
+
+        Whoever may hold it is asked until it has answered, or has left, however silent it is now. The attempt may end
+        over that; the next one goes on asking.
+        """
+        if reduce.step == 0:
             return []
-        for _ in range(MOMENTUM_TRIES):
-            silent = False
-            for seat in self._state().seats_of(self._stage):
-                if seat.member == self._member or not missing:
-                    continue
-                try:
-                    self._engine.momentum |= await self._syncer.momentum(
-                        PeerId(seat.worker), self._stage, reduce.step, missing
-                    )
-                except PeerError:
-                    silent = silent or seat.status is not SeatStatus.UNREACHABLE
-                missing = [n for n in missing if n not in self._engine.momentum]
-            if not missing or not silent:
-                break
-        if missing:
-            log.warning("nobody has the optimizer state of %s any more: it starts from zero", ", ".join(missing))
-        return missing
+        answered, rounds, pause = {self._member}, 0, 0.05
+        while missing := self._without_state(names):
+            seats = [seat for seat in self._state().seats_of(self._stage) if seat.member not in answered]
+            if rounds >= MOMENTUM_TRIES:
+                seats = [seat for seat in seats if self._may_hold_state(seat, reduce.step)]
+            if not seats:
+                log.warning("nobody has the optimizer state of %s any more: it starts from zero", ", ".join(missing))
+                return missing
+            for seat in sorted(seats, key=lambda seat: seat.status is not SeatStatus.READY):
+                if missing := self._without_state(names):
+                    with contextlib.suppress(PeerError):
+                        worker = PeerId(seat.worker)
+                        given = await self._syncer.momentum(worker, self._stage, reduce.step, missing)
+                        self._engine.momentum |= given
+                        answered.add(seat.member)
+            rounds += 1
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return []
+
+    def _may_hold_state(self, seat: Seat, step: int) -> bool:
+        """Who was ready with the weights of this step may; and whose machine was and began anew: it has it on its disk,
+        unless that is gone. For that one we wait as long as for a member that is silent, and no longer."""
+        if self._lacking_since[0] != step:
+            self._lacking_since = (step, loop_time())
+        state = self._state()
+        versions = [version for version in state.stages[self._stage].versions if version.step == step]
+        machines = {state.seats[member].worker for version in versions for member in version.members}
+        patient = loop_time() - self._lacking_since[1] < self._spec.league.grace_s
+        return seat.step == step or (patient and seat.worker in machines)
+
+    def _without_state(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in self._engine.momentum]
 
     # --- plumbing
 

@@ -42,6 +42,7 @@ FETCH_PAUSE = 0.1
 GLANCE = 0.02
 WORTH_ATTENDING = 0.25
 """Steps that a stage takes during one fetch of its weights, from which on another fetch is likely to be late too."""
+MOMENTUM_TRIES = 3
 FETCH_PATIENCE = Seconds(10.0)
 """Whoever waits longer for a first member to be ready asks anew: the one that everybody waits for may be gone."""
 _MOMENTUM = "momentum/"
@@ -118,7 +119,11 @@ class Syncer:
         if self._steps_per_fetch >= WORTH_ATTENDING:
             await self._attend(engine, follower)
             return
-        brought = await self._fetch(index, newer_than=engine.step, seed=await self._current(engine))
+        try:
+            brought = await self._fetch(index, newer_than=engine.step, seed=await self._current(engine))
+        except NothingToResume as error:
+            log.info("%s", error)  # whoever waits for us to be ready hears of it too
+            return
         momentum = await self._lone_momentum(index, brought.step, engine.names)
         before = await self._before(index, brought)
         await self._compute.run(lambda: engine.adopt(brought.weights, momentum, brought.step))
@@ -220,14 +225,18 @@ class Syncer:
         ready = [s for s in self._state().ready(stage) if s.worker != self._transport.me]
         if len(ready) != 1 or step == 0:
             return {}
-        try:
-            return await self.momentum(PeerId(ready[0].worker), stage, step, names)
-        except PeerError as error:
-            log.info("member %s gave no optimizer state: %s", ready[0].member, error)
-            return {}
+        for _ in range(MOMENTUM_TRIES):
+            try:
+                return await self.momentum(PeerId(ready[0].worker), stage, step, names)
+            except PeerError as error:
+                log.info("member %s gave no optimizer state: %s", ready[0].member, error)
+        return {}  # the reduce asks for it again
 
     async def momentum(self, peer: PeerId, stage: int, step: int, names: list[str]) -> dict[str, State]:
-        """Optimizer state of these tensors before `step`, as far as `peer` has it."""
+        """Optimizer state of these tensors before `step`, as far as `peer` has it.
+
+        Raises PeerError; so also where it is not at that step: it may have to read yet that the step before is taken.
+        """
         reply = await self._transport.request(peer, m.BULK, m.MomentumWanted(stage, step, tuple(names)))
         assert isinstance(reply.header, m.Tensors)
         return _states(_tensors(reply.body)) if reply.body else {}
@@ -295,13 +304,15 @@ class Syncer:
     async def _on_momentum_wanted(self, peer: PeerId, message: m.MomentumWanted, _body: bytearray) -> Answer:
         engine = self._same_stage(peer, message.stage)
 
-        def packed() -> bytes:
+        def packed() -> bytes | None:
             if engine.step != message.step:
-                return b""
+                return None
             tensors = _momentum({n: engine.momentum[n] for n in message.tensors if n in engine.momentum})
             return safetensors.torch.save(tensors) if tensors else b""
 
         body = await self._compute.run(packed)
+        if body is None:
+            raise Refused(f"This member is not at step {message.step}.")
         return m.Tensors(message.step, len(body)), body
 
     async def hand_over(self, peer: PeerId, engine: Engine, names: list[str]) -> None:

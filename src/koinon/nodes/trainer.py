@@ -123,17 +123,19 @@ class Trainer:
         self._wake.set()
 
     async def _on_claims(self, peer: PeerId, message: m.Claims, _body: bytearray) -> Answer:
+        await self._reach_term(message.term)
         seat = self.state.member_of(peer)
         if seat is None:
             raise Refused("You have no seat in this run: ask for one.")
-        await self._reach_term(message.term)
         if message.term != self.state.term:
             raise Refused(
                 f"These claims are of term {message.term}, and this is term {self.state.term}: they are void."
             )
         for finished in message.finished:
-            self._note_finished(seat, finished)
-        granted = tuple(i for i, claim in enumerate(message.claims) if self._grants(seat, claim))
+            self._note_inherited(seat, finished)
+            if finished.kind is not Kind.TRAIN or seat.voids == message.voids:
+                self._note_finished(seat, finished)
+        granted = tuple(i for i, claim in enumerate(message.claims) if self._grants(seat, claim, message.voids))
         if message.finished:
             self._wake.set()
         return m.Granted(granted)
@@ -148,7 +150,11 @@ class Trainer:
         if self._opened < 0 and self._trains and self.state.phase is Phase.TRAINING and self.state.term == term:
             self._open_steps()
 
-    def _grants(self, seat: Seat, claim: m.Claim) -> bool:
+    def _grants(self, seat: Seat, claim: m.Claim, voids: int) -> bool:
+        """A lease may overtake the log: whoever has yet to read that its gradient was thrown out would throw away what
+        it folds now, and say before that it is folded. When it has read that far it asks again."""
+        if seat.voids != voids:
+            return False
         flight = self._flights.get((int(Kind.TRAIN), claim.step, claim.microbatch))
         stage = self.state.stages[seat.stage]
         if flight is None or claim.step != stage.step or claim.microbatch in stage.dropped:
@@ -157,10 +163,14 @@ class Trainer:
             return False
         return flight.claim(seat.stage, seat.member, claim.revision)
 
-    def _note_finished(self, seat: Seat, finished: m.Finished) -> None:
+    def _note_inherited(self, seat: Seat, finished: m.Finished) -> None:
+        """The cost of an item of a step that was taken under a trainer before us. Nothing voids it."""
         flight = self._flights.get((int(finished.kind), finished.step, finished.microbatch))
         if flight is not None and flight.is_inherited and flight.value is None and seat.stage == len(flight.route) - 1:
             flight.value = finished.value
+
+    def _note_finished(self, seat: Seat, finished: m.Finished) -> None:
+        flight = self._flights.get((int(finished.kind), finished.step, finished.microbatch))
         if flight is None or not flight.finish(seat.stage, seat.member, finished.revision, finished.value):
             return
         flight.nudged = self._clock()

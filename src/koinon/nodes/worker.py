@@ -90,6 +90,7 @@ class Worker:
         self._departure: Departure | None = None
         self._ended = asyncio.Event()
         self._goodbye = False
+        self._voids = 0  # of our seat, as far as we have acted on them
         self._crossing = 0.0
         self._costs: dict[tuple[int, int], float] = {}
         """(step, microbatch) -> cost that this worker found, as last stage: a trainer's successor asks for it."""
@@ -173,7 +174,10 @@ class Worker:
         self._bench = bench = Workbench(
             welcome.member, welcome.stage, spec.model.stages, engine.step, spec.league.in_flight
         )
-        self._claimant = Claimant(bench, self._transport, lambda: self.state, self._work, self._reach)
+        self._voids = self.state.seats[Member(welcome.member)].voids
+        self._claimant = Claimant(
+            bench, self._transport, lambda: self.state, lambda: self._voids, self._work, self._reach
+        )
         self._courier = Courier(
             bench, self._transport, lambda: self.state, self._telemetry, spec.model.vocab, self._spawn
         )
@@ -252,11 +256,10 @@ class Worker:
             return
         if isinstance(event, ev.SeatReady | ev.SeatLeft | ev.Unreachable | ev.Excluded | ev.StageStepped):
             self._members_moved(event, state)
+        if (voids := state.seats[Member(self._bench.member)].voids) != self._voids:
+            self._voids = voids  # and at once: no message may say the new number and tell of the old gradient
+            self._void(self._engine.step)
         match event:
-            case ev.Excluded(member=member, step=step) if member == self._bench.member:
-                self._void(step)
-            case ev.Unreachable(member=member) if member == self._bench.member:
-                self._void(self._engine.step)
             case ev.Returned(member=member) if member == self._bench.member:
                 self._spawn(self._resync())
             case ev.SeatLeft(member=member) if member == self._bench.member:
@@ -340,7 +343,7 @@ class Worker:
         prepared = self._reducer.prepared(event)
         if prepared is None:
             if not await self._attended(event):
-                await self._resync()
+                await self._catch_up()
             return
         self._reach(Point.COMMIT, event.step)
         await self._compute.run(lambda: self._engine.commit(prepared))  # type: ignore[union-attr]
@@ -367,16 +370,26 @@ class Worker:
         self._bench.step = engine.step
         self._poke()
         if self._state != "syncing":
-            await self._resync()  # it was ready when the step was taken without it
+            await self._catch_up()  # it was ready when the step was taken without it
         return True
 
-    async def _resync(self) -> None:
-        assert self._engine and self._bench
-        seat = self.state.seats[Member(self._bench.member)]
-        is_getting_ready = seat.status is SeatStatus.ATTENDING and self._state == "syncing"
-        if seat.status in (SeatStatus.SYNCING, SeatStatus.ATTENDING) and not is_getting_ready:
+    async def _catch_up(self) -> None:
+        """The step was taken without what we folded for it."""
+        assert self._engine
+        if self._lags():
             self._void(self._engine.step)
+        await self._resync()
+
+    async def _resync(self) -> None:
+        if self._lags():
             await self._get_ready()
+
+    def _lags(self) -> bool:
+        """Whether we have to get ready, and nothing sees to it yet."""
+        assert self._bench
+        status = self.state.seats[Member(self._bench.member)].status
+        is_getting_ready = status is SeatStatus.ATTENDING and self._state == "syncing"
+        return status in (SeatStatus.SYNCING, SeatStatus.ATTENDING) and not is_getting_ready
 
     # --- messages
 

@@ -58,6 +58,9 @@ class Seat:
     addresses: tuple[str, ...]
     status: SeatStatus
     step: int = 0
+    voids: int = 0
+    """How often what it had folded and not committed was voided: what it claims or tells of an earlier life of its
+    gradient counts for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,7 @@ def _applied(state: RunState, event: Event) -> RunState:
         case ev.Unreachable(member=member):
             return _gone(state, member, SeatStatus.UNREACHABLE, counts=True)
         case ev.Returned(member=member):
-            return _set_seat(state, member, status=SeatStatus.SYNCING)
+            return _voided(_set_seat(state, member, status=SeatStatus.SYNCING), member)
         case ev.Draining(member=member):
             is_ready = member in state.seats and state.seats[member].status is SeatStatus.READY
             return _set_seat(state, member, status=SeatStatus.DRAINING) if is_ready else state
@@ -354,7 +357,14 @@ def _gone(state: RunState, member: Member, status: SeatStatus, *, counts: bool) 
     state = _set_seat(state, member, status=status)
     if status is SeatStatus.LEFT:
         return _count(state, vanished=int(counts))
-    return _count(state, unreachable=int(counts))
+    return _count(_voided(state, member), unreachable=int(counts))
+
+
+def _voided(state: RunState, member: Member) -> RunState:
+    seat = state.seats.get(member)
+    if seat is None or seat.status is SeatStatus.LEFT:
+        return state
+    return replace(state, seats={**state.seats, member: replace(seat, voids=seat.voids + 1)})
 
 
 def _left(state: RunState, member: Member, *, drained: bool) -> RunState:
@@ -383,7 +393,7 @@ def _excluded(state: RunState, member: Member, step: int) -> RunState:
     if seat is None or (member, step) in state.excluded or step < state.stages[seat.stage].step:
         return state  # a committed contribution cannot be taken out any more
     state = replace(state, excluded=state.excluded | {(member, step)})
-    state = _abort_reduce_with(state, seat.stage, member)
+    state = _voided(_abort_reduce_with(state, seat.stage, member), member)
     return _count(state, excluded=1)
 
 

@@ -20,9 +20,9 @@ PER_ACCOUNT = 64
 """Machines of one account that may wait."""
 TRIES = 3
 """Seats that a ticket may lose before it was ready in them. Then whoever holds it begins at the end."""
-SOONEST, LATEST = 1.0, 300.0
+SOONEST, LATEST = 1.0, 600.0
 """Seconds between two polls of one waiter: at the front, and far behind."""
-_PER_PLACE = 0.25
+_PER_PLACE = 0.5
 _SLACK = 10.0
 """A poll that comes so late is no absence: a dial to a busy host takes seconds."""
 PATIENCE = 600.0
@@ -122,7 +122,8 @@ def issued(line: Line, wishes: Iterable[Wish], *, length: int = LENGTH) -> tuple
 
 def poll_after(position: int) -> float:
     """Seconds until somebody at that position should ask again: the front often, the others so that 10,000 of them
-    ask 60 times a second together, and nobody comes more than five minutes late for its turn."""
+    ask 30 times a second together, for most of these questions are a handshake. Where many seats become free at once,
+    two of them are taken in a second."""
     return min(LATEST, max(SOONEST, _PER_PLACE * position))
 
 

@@ -23,7 +23,7 @@ def emptied(state: RunState) -> list[StageState]:
 def everybody_is_back(state: RunState, stage: int) -> bool:
     """Whether every machine that ever held the stage has a seat in it again: better snapshots will not come."""
     ever = {seat.worker for seat in state.seats.values() if seat.stage == stage}
-    return ever == {seat.worker for seat in state.seats_of(stage, SeatStatus.SYNCING)}
+    return ever == {seat.worker for seat in state.seats_of(stage, SeatStatus.SYNCING, SeatStatus.ATTENDING)}
 
 
 def goes_back_to(state: RunState, supplies: Supplies) -> int | None:

@@ -132,6 +132,7 @@ class Trainer:
                 f"These claims are of term {message.term}, and this is term {self.state.term}: they are void."
             )
         for finished in message.finished:
+            self._note_inherited(seat, finished)
             if finished.kind is not Kind.TRAIN or seat.voids == message.voids:
                 self._note_finished(seat, finished)
         granted = tuple(i for i, claim in enumerate(message.claims) if self._grants(seat, claim, message.voids))
@@ -162,10 +163,14 @@ class Trainer:
             return False
         return flight.claim(seat.stage, seat.member, claim.revision)
 
-    def _note_finished(self, seat: Seat, finished: m.Finished) -> None:
+    def _note_inherited(self, seat: Seat, finished: m.Finished) -> None:
+        """The cost of an item of a step that was taken under a trainer before us. Nothing voids it."""
         flight = self._flights.get((int(finished.kind), finished.step, finished.microbatch))
         if flight is not None and flight.is_inherited and flight.value is None and seat.stage == len(flight.route) - 1:
             flight.value = finished.value
+
+    def _note_finished(self, seat: Seat, finished: m.Finished) -> None:
+        flight = self._flights.get((int(finished.kind), finished.step, finished.microbatch))
         if flight is None or not flight.finish(seat.stage, seat.member, finished.revision, finished.value):
             return
         flight.nudged = self._clock()

@@ -14,6 +14,7 @@ import pytest
 from koinon.net.clock import run_virtual
 from koinon.net.hub import Faults
 from koinon.nodes.worker import Worker
+from koinon.run import events as ev
 from koinon.units import PeerId, Seconds
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
@@ -47,6 +48,18 @@ def test_the_losses_are_those_of_a_perfect_network(
     league = run_league(spec_of(replicas), tmp_path, make_compute=Paced, faults=faults)
     assert_whole(league, undisturbed)
     assert league.ended_at < BOUND
+
+
+@pytest.mark.parametrize("seed", [0, 2, 5, 8, 14, 15, 19, 22])
+def test_no_history_of_a_network_that_loses_a_fifth_leaves_a_trace_in_the_losses(
+    tmp_path: Path, undisturbed: dict[int, float], seed: int
+) -> None:
+    """Members are called lost and come back all the time, which must cost nothing but time. Among these seeds are those
+    in which a step was once taken on a gradient of zeros, or without its optimizer state."""
+    faults = Faults(delay=Seconds(0.02), loss=0.20)
+    league = run_league(spec_of(2), tmp_path, make_compute=Paced, faults=faults, seed=seed)
+    assert_whole(league, undisturbed)
+    assert not [event for event in league.events if isinstance(event, ev.MomentumLost)]
 
 
 HARSH = [

@@ -18,8 +18,9 @@ from koinon.run import events as ev
 from koinon.units import PeerId, Seconds
 from tests.nodes.leagues import Paced, Rehearsal, assert_whole, run_league, spec_of
 
-BOUND = 900.0
-"""Virtual seconds. The undisturbed run takes four."""
+BOUND = 1800.0
+"""Virtual seconds. The undisturbed run takes four; with a fifth lost and a silent holder of optimizer state, who is
+waited for, the longest of some dozens took 935."""
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def sentence(event: ev.Event, state: RunState) -> str:
         case ev.TermBegan(term=term, coordinator=coordinator, reason=reason):
             return f"Term {term} begins: {coordinator[:10]} coordinates from here on ({reason})."
         case ev.Equivocated(term=term, coordinator=coordinator):
-            return f"{coordinator[:10]}, coordinator of term {term}, signed two histories: it holds no term again."
+            return f"The coordinator of term {term}, {coordinator[:10]}, signed two histories: it holds no term again."
         case ev.ItemsReleased(step=step, member=member, items=items):
             number, where = len(unpack(items)), place(member, state, within=True)
             goes = "goes" if number == 1 else "go"

@@ -37,7 +37,7 @@ from typing import Any
 
 import psutil
 
-from bench.besiegers import Siege, command
+from bench.peers.besiegers import Siege, command
 from bench.harness import Figure, main, median, progress
 from koinon.local import League
 from koinon.nodes import messages as m

@@ -53,3 +53,10 @@ def test_an_unknown_benchmark_is_refused_with_the_names_there_are() -> None:
     )
     assert done.returncode == 2
     assert all(name in done.stderr for name in benchmarks())
+
+
+def test_what_can_be_run_from_the_folder_of_benchmarks_is_one() -> None:
+    """A part that can be run by itself lies elsewhere, or `make bench` would take it for a benchmark."""
+    root = Path(__file__).parent.parent
+    for name in benchmarks():
+        assert f'"{name}"' in (root / "bench" / f"{name}.py").read_text(), f"bench/{name}.py prints no result"

@@ -6,5 +6,5 @@
 
     python -m bench.peers.NAME '{"size": "1M", "warmup": 3, "steps": 8}'
 
-prints one JSON line, a `work.Outcome`.
+prints one JSON line, a `work.Outcome`. Beside them stand processes that other benchmarks start: `hosted`, `besiegers`.
 """

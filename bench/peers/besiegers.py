@@ -111,7 +111,7 @@ def _rubbish() -> Iterator[bytes]:
 
 
 def command(siege: Siege) -> list[str]:
-    return [sys.executable, "-m", "bench.besiegers", json.dumps(asdict(siege))]
+    return [sys.executable, "-m", "bench.peers.besiegers", json.dumps(asdict(siege))]
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from typing import Any
 
 import psutil
 
-from bench.peers.besiegers import Siege, command
 from bench.harness import Figure, main, median, progress
+from bench.peers.besiegers import Siege, command
 from koinon.local import League
 from koinon.nodes import messages as m
 from koinon.run import events as ev

@@ -31,7 +31,7 @@ from koinon.nodes.compute import Compute
 from koinon.nodes.engine import SECOND_TOLERANCE, Engine, Prepared, largest_difference, squares
 from koinon.nodes.faults import Point, Reach
 from koinon.nodes.follower import RunFollower
-from koinon.nodes.syncer import Syncer
+from koinon.nodes.syncer import MOMENTUM_TRIES, Syncer
 from koinon.optim.ownership import owners
 from koinon.run import events as ev
 from koinon.run.events import Member
@@ -44,8 +44,6 @@ from koinon.units import PeerId, Seconds
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_FLOOR = Seconds(3.0)
-MOMENTUM_TRIES = 3
-"""How often members that hardly have it are asked for optimizer state."""
 _Slot = tuple[int, int, type[m.Message], Member]
 
 

@@ -43,6 +43,7 @@ GLANCE = 0.02
 WORTH_ATTENDING = 0.25
 """Steps that a stage takes during one fetch of its weights, from which on another fetch is likely to be late too."""
 MOMENTUM_TRIES = 3
+"""How often members that hardly have it are asked for optimizer state."""
 FETCH_PATIENCE = Seconds(10.0)
 """Whoever waits longer for a first member to be ready asks anew: the one that everybody waits for may be gone."""
 _MOMENTUM = "momentum/"
@@ -389,4 +390,4 @@ def _tensors(body: bytes | bytearray) -> dict[str, Tensor]:
         raise FrameMalformed(f"A peer's tensors cannot be read: {error}") from error
 
 
-__all__ = ["Label", "Syncer", "snapshot_path", "snapshots", "verified"]
+__all__ = ["MOMENTUM_TRIES", "Label", "Syncer", "snapshot_path", "snapshots", "verified"]
